@@ -21,7 +21,8 @@ pub enum Hold {
 pub trait Step: Clone + fmt::Debug + Send + Sync + Serialize + DeserializeOwned + 'static {
     /// Stable name; stored, so it is an interface.
     fn name(&self) -> &'static str;
-    /// The hold that is open once this step has begun.
+    /// The hold that is open once this step has begun. A step that also
+    /// releases it is a call in which the guest stands still for a while.
     fn takes(&self) -> Option<Hold>;
     /// The hold that is over once this step is done.
     fn releases(&self) -> Option<Hold>;
@@ -46,6 +47,22 @@ pub trait Flow: Clone + fmt::Debug + Send + Sync + 'static {
 
     /// The steps of a plan, in order.
     fn steps(plan: &Self::Plan) -> &[Self::Step];
+
+    /// The hold that a finished step really took: a step may find out that it
+    /// need not, or cannot, and go on without.
+    #[must_use]
+    fn took(step: &Self::Step, done: &Self::Done) -> Option<Hold> {
+        let _ = done;
+        step.takes()
+    }
+
+    /// Milliseconds for which a step that takes and releases a hold by itself
+    /// kept the guest still, where it was measured.
+    #[must_use]
+    fn held_ms(done: &Self::Done) -> Option<u64> {
+        let _ = done;
+        None
+    }
 }
 
 /// Does and undoes the steps of one run.
@@ -60,20 +77,23 @@ pub trait Perform<F: Flow>: Send + Sync {
     ) -> impl Future<Output = Result<F::Done, F::Fault>> + Send;
 
     /// Undoes one started step. Must accept that the step never happened, and
-    /// that it was undone before. Returns what came of it, for a person.
+    /// that it was undone before. `done[index]` is `None` when its result is not
+    /// known. Returns what came of it, for a person.
     fn undo(
         &self,
         index: usize,
         step: &F::Step,
-        done: Option<&F::Done>,
+        done: &[Option<F::Done>],
     ) -> impl Future<Output = Result<String, F::Fault>> + Send;
 
-    /// Reads what the run became, once all its steps are done.
+    /// Reads what the run became, once all its steps are done. A fault beside
+    /// an outcome says that the work is done but something that was asked for
+    /// did not come true, such as a guest that did not answer in time.
     fn conclude(
         &self,
         plan: &F::Plan,
         done: &[Option<F::Done>],
-    ) -> impl Future<Output = Result<F::Outcome, F::Fault>> + Send;
+    ) -> impl Future<Output = (Option<F::Outcome>, Option<F::Fault>)> + Send;
 
     /// Notices gathered by the last call, to be written into the log.
     fn notices(&self) -> Vec<F::Notice>;

@@ -6,9 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{
-    Cancel, Closing, Flow, Hold, Log, LogError, Perform, Record, RunState, Step, StepState,
-};
+use crate::{Cancel, Closing, Flow, Hold, Log, LogError, Perform, Record, RunState, Step};
 
 /// How often the undoing of one step is tried before the run is stuck.
 pub const UNDO_ATTEMPTS: u32 = 3;
@@ -94,16 +92,16 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
                 return self.abandon(lost).await;
             }
         }
+        // All is done. If only the reading of what it became fails, undoing
+        // finished work for that would be the greater harm.
         let done = self.state.done();
-        match self.perform.conclude(&plan, &done).await {
-            Ok(outcome) => {
-                self.write_notices().await?;
-                self.close(Closing::Succeeded, Some(outcome), None).await
-            }
-            // All is done; only the reading of what it became failed. Undoing
-            // finished work for that would be the greater harm.
-            Err(fault) => self.close(Closing::Failed, None, Some(fault)).await,
-        }
+        let (outcome, fault) = self.perform.conclude(&plan, &done).await;
+        self.write_notices().await?;
+        let closing = match fault {
+            None => Closing::Succeeded,
+            Some(_) => Closing::Failed,
+        };
+        self.close(closing, outcome, fault).await
     }
 
     /// Undoes what an interrupted run had started, and closes it.
@@ -124,17 +122,35 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
         took_ms: u64,
         done: F::Done,
     ) -> Result<(), LogError> {
+        let took = F::took(step, &done);
+        let measured = F::held_ms(&done);
+        let open = step.releases().is_some_and(|hold| {
+            self.state
+                .open_holds()
+                .iter()
+                .any(|(_, open)| *open == hold)
+        });
         self.write(Record::StepFinished {
             index,
             took_ms,
             done,
         })
         .await?;
-        if let Some(hold) = step.takes() {
-            self.write(Record::HoldTaken { hold }).await?;
-        }
-        if let Some(hold) = step.releases() {
-            self.released(hold).await?;
+        match (took, step.releases()) {
+            (Some(hold), None) => self.write(Record::HoldTaken { hold }).await?,
+            (Some(hold), Some(_)) => {
+                self.holds.retain(|(held, _)| *held != hold);
+                if let Some(held_ms) = measured {
+                    let held_ms = Some(held_ms);
+                    self.write(Record::HoldReleased { hold, held_ms }).await?;
+                }
+            }
+            (None, Some(hold)) if open => self.released(hold).await?,
+            (None, _) => {
+                if let Some(hold) = step.takes() {
+                    self.holds.retain(|(held, _)| *held != hold);
+                }
+            }
         }
         self.write_notices().await
     }
@@ -179,13 +195,10 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
     }
 
     async fn undo(&self, index: usize, step: &F::Step) -> Result<String, F::Fault> {
-        let done = match &self.state.steps[index] {
-            StepState::Finished(done) => Some(done.clone()),
-            _ => None,
-        };
+        let done = self.state.done();
         let mut attempt = 1;
         loop {
-            match self.perform.undo(index, step, done.as_ref()).await {
+            match self.perform.undo(index, step, &done).await {
                 Err(_) if attempt < UNDO_ATTEMPTS => {
                     tokio::time::sleep(undo_pause(attempt)).await;
                     attempt += 1;

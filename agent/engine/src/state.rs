@@ -113,9 +113,12 @@ impl<F: Flow> RunState<F> {
         };
         let mut open: Vec<(usize, Hold)> = Vec::new();
         for (index, (step, state)) in F::steps(plan).iter().zip(&self.steps).enumerate() {
-            if let Some(hold) = step.takes()
-                && !matches!(state, StepState::Pending | StepState::Undone)
-            {
+            let took = match state {
+                StepState::Pending | StepState::Undone => None,
+                StepState::Finished(done) => F::took(step, done),
+                StepState::Started | StepState::Failed | StepState::UndoFailed => step.takes(),
+            };
+            if let Some(hold) = took {
                 open.push((index, hold));
             }
             if let Some(hold) = step.releases()
@@ -148,10 +151,10 @@ impl<F: Flow> RunState<F> {
                 if matches!(self.steps[*index], StepState::Pending | StepState::Undone) {
                     return false;
                 }
-                if steps[*index].takes().is_some() {
-                    return open.iter().any(|(held, _)| held == index);
-                }
-                behind.is_none_or(|behind| *index > behind)
+                let only_holds =
+                    steps[*index].takes().is_some() && steps[*index].releases().is_none();
+                open.iter().any(|(held, _)| held == index)
+                    || (!only_holds && behind.is_none_or(|behind| *index > behind))
             })
             .collect()
     }

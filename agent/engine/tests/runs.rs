@@ -80,7 +80,7 @@ impl Perform<Small> for World {
         self.effects.lock().unwrap().push(index);
         Ok(())
     }
-    async fn undo(&self, index: usize, step: &Act, _: Option<&()>) -> Result<String, String> {
+    async fn undo(&self, index: usize, step: &Act, _: &[Option<()>]) -> Result<String, String> {
         if self.fail_undo_of == Some(index) {
             return Err("cannot be undone".into());
         }
@@ -90,8 +90,8 @@ impl Perform<Small> for World {
         self.undone.lock().unwrap().push(index);
         Ok(String::new())
     }
-    async fn conclude(&self, _: &Vec<Act>, _: &[Option<()>]) -> Result<(), String> {
-        Ok(())
+    async fn conclude(&self, _: &Vec<Act>, _: &[Option<()>]) -> (Option<()>, Option<String>) {
+        (Some(()), None)
     }
     fn notices(&self) -> Vec<String> {
         Vec::new()
