@@ -1,0 +1,3 @@
+//! The vmsnap agent.
+
+pub mod planning;

@@ -1,0 +1,160 @@
+//! cleanup: one snapshot, or left-over volumes and orphaned files.
+//!
+//! Invariant: nothing goes that any chain of any VM refers to; what stays is
+//! returned with the rule that kept it.
+
+use crate::planning::{
+    actions::{checks, delete},
+    facts::{Facts, Snapshot, Volume},
+    outcome::Verdict,
+    plan::Draft,
+    reason::Fault,
+    request::{Children, Cleanup, Orphans, Request},
+    step::Step,
+    tree,
+};
+
+/// Left-over volumes that are looked for unless others are named.
+const DEFAULT_LEFTOVER: &str = "{vm_name}-old.qcow2";
+
+/// Drafts the plan.
+///
+/// # Errors
+/// The refusal.
+pub fn draft(request: &Request, cleanup: &Cleanup, facts: &Facts) -> Result<Draft, Fault> {
+    let mut draft = Draft {
+        snapshot: cleanup.name.clone(),
+        ..Draft::default()
+    };
+    let state = checks::start_first(request, facts, &mut draft)?;
+    let mut seen = facts.clone();
+    seen.vm.state = state;
+    let facts = &seen;
+    if !cleanup.name.is_empty() {
+        snapshots(cleanup, facts, &mut draft)?;
+    }
+    leftovers(request, cleanup, facts, &mut draft);
+    orphans(cleanup, facts, &mut draft);
+    Ok(draft)
+}
+
+fn snapshots(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
+    let Some(snapshot) = facts.snapshot(&cleanup.name) else {
+        let fault = checks::not_found(facts, &cleanup.name);
+        draft.warn(
+            "SNAPSHOT_NOT_FOUND",
+            format!("{}; nothing is deleted", fault.message),
+            "",
+        );
+        return Ok(());
+    };
+    checks::no_block_job(facts)?;
+    checks::no_managed_save(facts)?;
+    let mut list: Vec<&Snapshot> = match cleanup.children {
+        Children::Keep => Vec::new(),
+        Children::Delete | Children::Only => tree::descendants_leaf_first(facts, &cleanup.name),
+    };
+    if cleanup.children != Children::Only {
+        list.push(snapshot);
+    }
+    delete::in_order(&list, "named", cleanup.bandwidth, facts, draft)
+}
+
+fn leftovers(request: &Request, cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
+    let names: Vec<String> = cleanup
+        .leftovers
+        .clone()
+        .unwrap_or_else(|| vec![DEFAULT_LEFTOVER.to_owned()])
+        .iter()
+        .map(|name| name.replace("{vm_name}", &facts.vm.name))
+        .collect();
+    for name in names {
+        let Some(volume) = facts.storage.volumes.iter().find(|volume| volume.name == name) else {
+            continue;
+        };
+        match kept_because(volume, facts) {
+            Some(rule) => {
+                draft.warn(
+                    "LEFTOVER_KEPT",
+                    format!("volume '{name}' of pool '{}' stays: {rule}", request.pool),
+                    "",
+                );
+                draft.verdicts.push(verdict(&name, "volume", false, &rule, volume.allocation));
+            }
+            None => {
+                draft.push(Step::DeleteVolume {
+                    pool: request.pool.clone(),
+                    name: name.clone(),
+                    path: volume.path.clone(),
+                    size: volume.allocation,
+                });
+                draft.change(format!("volume.{name}"), Some(volume.path.clone()), None);
+                draft.verdicts.push(verdict(
+                    &name,
+                    "volume",
+                    true,
+                    "left over, and no chain refers to it",
+                    volume.allocation,
+                ));
+            }
+        }
+    }
+}
+
+/// Why a volume must stay, if so.
+fn kept_because(volume: &Volume, facts: &Facts) -> Option<String> {
+    let Some(users) = &facts.users else {
+        return Some("who uses it could not be found out".to_owned());
+    };
+    let users = users.get(&volume.path).map(Vec::as_slice).unwrap_or_default();
+    if !users.is_empty() {
+        let names: Vec<&str> = users.iter().map(|user| user.vm.as_str()).collect();
+        return Some(format!("it is in the chain of {}", names.join(", ")));
+    }
+    checks::not_shared(facts, [volume.path.as_str()])
+        .err()
+        .map(|fault| fault.message)
+}
+
+fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
+    let Some(orphans) = &facts.storage.orphans else {
+        return;
+    };
+    for orphan in orphans {
+        match cleanup.orphans {
+            Orphans::Ignore => {}
+            Orphans::Delete if orphan.ours => {
+                draft.push(Step::DeleteFile {
+                    path: orphan.path.clone(),
+                    size: orphan.size,
+                });
+                draft.change(format!("file.{}", orphan.path), Some("orphan".into()), None);
+                draft.verdicts.push(verdict(
+                    &orphan.path,
+                    "file",
+                    true,
+                    "made by this agent, and nothing refers to it",
+                    orphan.size,
+                ));
+            }
+            Orphans::Delete | Orphans::Report => {
+                let rule = if orphan.ours {
+                    "only reported"
+                } else {
+                    "not made by this agent"
+                };
+                draft.verdicts.push(verdict(&orphan.path, "file", false, rule, orphan.size));
+            }
+        }
+    }
+}
+
+fn verdict(name: &str, what: &str, removed: bool, rule: &str, size: u64) -> Verdict {
+    Verdict {
+        name: name.to_owned(),
+        what: what.to_owned(),
+        removed,
+        rule: rule.to_owned(),
+        size,
+    }
+}

@@ -1,0 +1,300 @@
+//! Deleting snapshots: the one place that knows in which order they can go and
+//! which files that writes and removes. Commit and cleanup both use it.
+//!
+//! Deleting an external snapshot merges: the data written since goes down into
+//! the file that held the snapshot, and the overlay is removed.
+//!
+//! Invariants: no file that another VM's chain uses is written or removed;
+//! nothing is drafted that this libvirt cannot do or that crashes it.
+
+use crate::planning::{
+    actions::checks,
+    facts::{Facts, Health, Kind, Memory, Snapshot, VmState, file_name, folder_of},
+    outcome::Verdict,
+    plan::Draft,
+    reason::{Fault, Reason},
+    step::Step,
+    tree,
+};
+
+/// Drafts the deletion of one snapshot that was named.
+///
+/// # Errors
+/// The refusal.
+pub fn named(
+    name: &str,
+    rule: &str,
+    bandwidth: Option<u64>,
+    facts: &Facts,
+    draft: &mut Draft,
+) -> Result<(), Fault> {
+    let snapshot = checks::find(facts, name)?;
+    in_order(&[snapshot], rule, bandwidth, facts, draft)
+}
+
+/// Drafts the deletion of several snapshots, in the order given.
+///
+/// # Errors
+/// The refusal.
+pub fn in_order(
+    snapshots: &[&Snapshot],
+    rule: &str,
+    bandwidth: Option<u64>,
+    facts: &Facts,
+    draft: &mut Draft,
+) -> Result<(), Fault> {
+    let mut gone: Vec<&str> = Vec::new();
+    for snapshot in snapshots {
+        let step = one(snapshot, &gone, rule, bandwidth, facts)?;
+        draft.push(step);
+        gone.push(&snapshot.name);
+        draft.change(
+            format!("snapshot.{}", snapshot.name),
+            Some(snapshot.kind.name().into()),
+            None,
+        );
+        draft.verdicts.push(Verdict {
+            name: snapshot.name.clone(),
+            what: "snapshot".into(),
+            removed: true,
+            rule: rule.into(),
+            size: snapshot.size,
+        });
+    }
+    Ok(())
+}
+
+/// Checks and drafts the deletion of one snapshot, given those gone before it.
+fn one(
+    snapshot: &Snapshot,
+    gone: &[&str],
+    rule: &str,
+    bandwidth: Option<u64>,
+    facts: &Facts,
+) -> Result<Step, Fault> {
+    if let Some(deadline) = snapshot.guard {
+        return Err(Fault::new(
+            Reason::SnapshotGuarded,
+            format!(
+                "snapshot '{}' guards a change that must be confirmed until {deadline}; confirm \
+                 it first",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name));
+    }
+    let metadata_only = matches!(
+        snapshot.health,
+        Health::MergedAway(_) | Health::MetadataOnly
+    );
+    let external = snapshot.kind != Kind::Internal;
+    let children: Vec<&Snapshot> = tree::children(facts, &snapshot.name)
+        .into_iter()
+        .filter(|child| !gone.contains(&child.name.as_str()))
+        .collect();
+    let files = own_files(snapshot);
+    if !metadata_only && external {
+        mergeable(snapshot, &children, gone, facts)?;
+        let written = snapshot.disks.iter().filter_map(|disk| disk.data.as_deref());
+        checks::not_shared(
+            facts,
+            written.chain(files.iter().map(String::as_str)).collect::<Vec<_>>(),
+        )?;
+        merge_fits(snapshot, facts)?;
+    }
+    if snapshot.kind == Kind::Internal && !metadata_only {
+        internal_deletable(snapshot, facts)?;
+        checks::not_shared(
+            facts,
+            snapshot.disks.iter().filter_map(|disk| disk.data.as_deref()),
+        )?;
+    }
+    let merges = external
+        && !metadata_only
+        && (tree::is_on_active_path(facts, &snapshot.name) || !children.is_empty());
+    Ok(Step::DeleteSnapshot {
+        name: snapshot.name.clone(),
+        metadata_only,
+        disks: if external && !metadata_only {
+            snapshot
+                .disks
+                .iter()
+                .filter(|disk| disk.kind.is_some())
+                .map(|disk| disk.target.clone())
+                .collect()
+        } else {
+            Vec::new()
+        },
+        boots_helper: merges && facts.vm.state == VmState::Stopped,
+        bandwidth,
+        files,
+        rule: rule.to_owned(),
+        size: snapshot.size,
+    })
+}
+
+/// Files that belong to a snapshot beside its disks' data.
+fn own_files(snapshot: &Snapshot) -> Vec<String> {
+    let mut files: Vec<String> = snapshot
+        .disks
+        .iter()
+        .filter_map(|disk| disk.overlay.clone())
+        .collect();
+    if let Memory::External(file) = &snapshot.memory {
+        files.push(file.clone());
+    }
+    files.extend(
+        snapshot
+            .record
+            .as_ref()
+            .and_then(|record| record.nvram_copy.clone()),
+    );
+    files
+}
+
+fn mergeable(
+    snapshot: &Snapshot,
+    children: &[&Snapshot],
+    gone: &[&str],
+    facts: &Facts,
+) -> Result<(), Fault> {
+    if !facts.host.deletes_external() {
+        return Err(Fault::new(
+            Reason::KindUnsupported,
+            "this host's libvirt cannot delete external snapshots; 9.0 or newer can".to_owned(),
+        ));
+    }
+    if children.len() > 1 {
+        let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
+        return Err(Fault::new(
+            Reason::SnapshotBranches,
+            format!(
+                "snapshot '{}' has {} children ({}), and libvirt cannot merge into several; \
+                 delete all but one of them first, each after its own children",
+                snapshot.name,
+                names.len(),
+                names.join(", ")
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("branches", names.join(",")));
+    }
+    if let Some(parent) = snapshot.parent.as_deref().and_then(|name| facts.snapshot(name))
+        && parent.kind == Kind::Internal
+    {
+        return Err(Fault::new(
+            Reason::KindsMixed,
+            format!(
+                "external snapshot '{}' stands on the internal snapshot '{}', and libvirt cannot \
+                 merge it; delete '{}' first while the VM is off",
+                snapshot.name, parent.name, parent.name
+            ),
+        ));
+    }
+    if let Some(internal) = inner_internal(snapshot, facts) {
+        return Err(Fault::new(
+            Reason::KindsMixed,
+            format!(
+                "the overlay of snapshot '{}' holds the internal snapshot '{internal}', which \
+                 would be lost with it; delete '{internal}' first",
+                snapshot.name
+            ),
+        ));
+    }
+    // Deleting a snapshot of a VM that is off while another branch stands on its
+    // files crashes libvirt 11.3.
+    if facts.vm.state == VmState::Stopped {
+        let path = tree::active_path(facts);
+        let side = facts.snapshots.iter().find(|other| {
+            other.name != snapshot.name
+                && !gone.contains(&other.name.as_str())
+                && !path.iter().any(|on| on.name == other.name)
+                && tree::descendants_leaf_first(facts, &snapshot.name)
+                    .iter()
+                    .any(|below| below.name == other.name)
+        });
+        if let Some(side) = side {
+            return Err(Fault::new(
+                Reason::SnapshotBranches,
+                format!(
+                    "VM '{}' is off and snapshot '{}' is on another branch that stands on '{}'; \
+                     libvirt crashes on that: start the VM first, or delete '{}' first",
+                    facts.vm.name, side.name, snapshot.name, side.name
+                ),
+            )
+            .with("snapshot", &snapshot.name)
+            .with("branches", &side.name));
+        }
+    }
+    Ok(())
+}
+
+/// An internal snapshot that lies in an overlay of an external one.
+fn inner_internal<'a>(snapshot: &Snapshot, facts: &'a Facts) -> Option<&'a str> {
+    facts
+        .snapshots
+        .iter()
+        .filter(|other| other.kind == Kind::Internal)
+        .find(|other| {
+            other.disks.iter().any(|disk| {
+                snapshot
+                    .disks
+                    .iter()
+                    .any(|own| own.overlay.is_some() && own.overlay == disk.data)
+            })
+        })
+        .map(|other| other.name.as_str())
+}
+
+fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if facts.vm.state == VmState::Stopped {
+        return Ok(());
+    }
+    for disk in &snapshot.disks {
+        let active = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
+        if let (Some(data), Some(active)) = (&disk.data, active)
+            && active.path != *data
+        {
+            return Err(Fault::new(
+                Reason::KindsMixed,
+                format!(
+                    "internal snapshot '{}' lies in '{data}', but disk {} runs on '{}' now; stop \
+                     the VM to delete it",
+                    snapshot.name, disk.target, active.path
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A merge makes the lower image grow by what the overlay holds, at most to its
+/// virtual size.
+fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    for disk in &snapshot.disks {
+        let Some(vm) = facts.vm.disks.iter().find(|vm| vm.target == disk.target) else {
+            continue;
+        };
+        let Some(data) = disk.data.as_deref() else {
+            continue;
+        };
+        let Some(at) = vm.chain.iter().position(|image| image.path == data) else {
+            continue;
+        };
+        let Some(above) = at.checked_sub(1).map(|above| &vm.chain[above]) else {
+            continue;
+        };
+        let lower = &vm.chain[at];
+        let room = lower.virtual_size.max(above.virtual_size).saturating_sub(lower.actual_size);
+        let need = above.actual_size.min(room);
+        if let Some(folder) = facts.folders.get(folder_of(data))
+            && folder.free < need
+        {
+            return Err(
+                crate::planning::files::no_space(facts, folder_of(data), need, folder.free)
+                    .with("image", file_name(data)),
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! Which kind of snapshot a VM gets, disk by disk, and why.
+//!
+//! | found | asked | memory | kind |
+//! |---|---|---|---|
+//! | internal ones | auto, internal | any | internal |
+//! | external ones | auto, external | any | external |
+//! | the one | the other | any | refused: kinds are never mixed |
+//! | both | any | any | refused: they are mixed already |
+//! | none | auto | any | external where this libvirt reverts and deletes it, else internal |
+//! | none | internal | any | internal if every writable disk is qcow2 |
+//! | none | external | any | external if this libvirt reverts and deletes it |
+//!
+//! Invariant: what this module allows, this host can revert to and delete.
+
+use crate::planning::{
+    facts::{Facts, Firmware, Kind, Source, VmState},
+    plan::Draft,
+    reason::{Fault, Reason},
+};
+
+/// Chooses the kind.
+///
+/// # Errors
+/// When kinds would be mixed, or the host or a disk cannot do what is asked.
+pub fn choose(
+    asked: Option<Kind>,
+    state: VmState,
+    excluded: &[String],
+    facts: &Facts,
+    draft: &mut Draft,
+) -> Result<Kind, Fault> {
+    let internal = facts.snapshots.iter().find(|s| s.kind == Kind::Internal);
+    let external = facts.snapshots.iter().find(|s| s.kind == Kind::External);
+    let mixed = facts.snapshots.iter().find(|s| s.kind == Kind::Mixed);
+    if mixed.is_some() || (internal.is_some() && external.is_some()) {
+        return Err(Fault::new(
+            Reason::KindsMixed,
+            format!(
+                "VM '{}' has internal and external snapshots mixed ({}); a new one would make it \
+                 worse: remove those of one kind first",
+                facts.vm.name,
+                facts
+                    .snapshots
+                    .iter()
+                    .map(|s| format!("{}: {}", s.name, s.kind.name()))
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            ),
+        ));
+    }
+    let found = internal.or(external);
+    let kind = match (asked, found) {
+        (Some(asked), Some(found)) if asked != found.kind => {
+            return Err(Fault::new(
+                Reason::KindsMixed,
+                format!(
+                    "kind '{}' was asked for, but VM '{}' has {} snapshots ('{}'), and mixed kinds \
+                     cannot be deleted later; leave kind out, or remove the others first",
+                    asked.name(),
+                    facts.vm.name,
+                    found.kind.name(),
+                    found.name
+                ),
+            )
+            .with("asked", asked.name())
+            .with("found", found.kind.name()));
+        }
+        (_, Some(found)) => {
+            draft.decide(
+                "kind",
+                found.kind.name(),
+                format!("the VM has {} snapshots already", found.kind.name()),
+            );
+            found.kind
+        }
+        (Some(asked), None) => {
+            draft.decide("kind", asked.name(), "asked for");
+            asked
+        }
+        (None, None) if facts.host.reverts_external() && facts.host.deletes_external() => {
+            draft.decide(
+                "kind",
+                "external",
+                "this libvirt can revert to and delete external snapshots",
+            );
+            Kind::External
+        }
+        (None, None) => {
+            draft.decide(
+                "kind",
+                "internal",
+                "this libvirt cannot revert to external snapshots",
+            );
+            Kind::Internal
+        }
+    };
+    match kind {
+        Kind::External => external_possible(excluded, facts)?,
+        Kind::Internal => internal_possible(state, excluded, facts)?,
+        // Refused above.
+        Kind::Mixed => {}
+    }
+    Ok(kind)
+}
+
+fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
+    if !facts.host.reverts_external() || !facts.host.deletes_external() {
+        return Err(Fault::new(
+            Reason::KindUnsupported,
+            format!(
+                "this host's libvirt {} cannot revert to external snapshots; 9.10 or newer can, \
+                 or use kind internal",
+                version(facts.host.libvirt)
+            ),
+        ));
+    }
+    for disk in facts
+        .writable_disks()
+        .filter(|disk| !excluded.contains(&disk.target))
+    {
+        if disk.source != Source::File {
+            return Err(Fault::new(
+                Reason::DiskUnsupported,
+                format!(
+                    "disk {} of VM '{}' lies on {}, and libvirt cannot revert an external snapshot \
+                     of that; move it into a file, or exclude it with accept_no_revert",
+                    disk.target,
+                    facts.vm.name,
+                    source_name(disk.source, &disk.path)
+                ),
+            )
+            .with("disk", &disk.target)
+            .with("source", &disk.path));
+        }
+        if disk.shareable {
+            return Err(Fault::new(
+                Reason::DiskUnsupported,
+                format!(
+                    "disk {} of VM '{}' is shareable: an overlay would split what others write",
+                    disk.target, facts.vm.name
+                ),
+            )
+            .with("disk", &disk.target));
+        }
+        if let Some(problem) = &disk.chain_problem {
+            return Err(Fault::new(
+                Reason::DiskUnsupported,
+                format!(
+                    "the chain of disk {} of VM '{}' cannot be read: {problem}",
+                    disk.target, facts.vm.name
+                ),
+            )
+            .with("disk", &disk.target)
+            .with("source", &disk.path));
+        }
+        let depth = disk.chain.len();
+        if depth >= facts.host.max_chain as usize {
+            return Err(Fault::new(
+                Reason::ChainTooDeep,
+                format!(
+                    "the chain of disk {} has {depth} images and {} is the limit; commit or clean \
+                     up older snapshots first",
+                    disk.target, facts.host.max_chain
+                ),
+            )
+            .with("disk", &disk.target)
+            .with("depth", depth)
+            .with("limit", facts.host.max_chain));
+        }
+    }
+    Ok(())
+}
+
+fn internal_possible(state: VmState, excluded: &[String], facts: &Facts) -> Result<(), Fault> {
+    for disk in facts
+        .writable_disks()
+        .filter(|disk| !excluded.contains(&disk.target))
+    {
+        if disk.format != "qcow2" || !matches!(disk.source, Source::File | Source::Block) {
+            return Err(Fault::new(
+                Reason::DiskUnsupported,
+                format!(
+                    "disk {} of VM '{}' has format {} on {}; an internal snapshot needs qcow2 on \
+                     every writable disk: use kind external, or convert the disk",
+                    disk.target,
+                    facts.vm.name,
+                    disk.format,
+                    source_name(disk.source, &disk.path)
+                ),
+            )
+            .with("disk", &disk.target)
+            .with("format", &disk.format));
+        }
+    }
+    let Firmware {
+        uefi: true,
+        nvram: Some(nvram),
+        nvram_format,
+        ..
+    } = &facts.vm.firmware
+    else {
+        return Ok(());
+    };
+    if nvram_format != "qcow2" && state != VmState::Stopped {
+        return Err(Fault::new(
+            Reason::DiskUnsupported,
+            format!(
+                "the UEFI variables of VM '{}' are in '{nvram}' in format {nvram_format}; an \
+                 internal snapshot of the running VM needs them in qcow2: use kind external, or \
+                 convert them",
+                facts.vm.name
+            ),
+        )
+        .with("nvram", nvram)
+        .with("format", nvram_format));
+    }
+    Ok(())
+}
+
+fn source_name(source: Source, path: &str) -> String {
+    match source {
+        Source::File => format!("the file '{path}'"),
+        Source::Block => format!("the block device '{path}'"),
+        Source::Network => format!("the network source '{path}'"),
+        Source::Volume => format!("the volume '{path}'"),
+        Source::Empty => "nothing".into(),
+        Source::Other => format!("'{path}'"),
+    }
+}
+
+/// A version number for people.
+#[must_use]
+pub fn version(number: u64) -> String {
+    format!(
+        "{}.{}.{}",
+        number / 1_000_000,
+        number / 1_000 % 1_000,
+        number % 1_000
+    )
+}

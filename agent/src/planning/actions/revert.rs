@@ -1,0 +1,316 @@
+//! revert: goes back to a snapshot, and ends in the state that was asked for.
+//!
+//! Everything is checked first, because a revert that fails inside libvirt has
+//! already killed the guest.
+
+use crate::planning::{
+    actions::{checks, create},
+    facts::{Facts, Kind, Memory, Snapshot, VmState},
+    plan::Draft,
+    reason::{Fault, Reason},
+    request::{Create, Request, Revert, StateAfter, WaitFor},
+    step::Step,
+};
+
+/// Drafts the plan.
+///
+/// # Errors
+/// The refusal.
+pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft, Fault> {
+    let mut draft = Draft {
+        snapshot: revert.name.clone(),
+        ..Draft::default()
+    };
+    let snapshot = checks::find(facts, &revert.name)?;
+    checks::whole(snapshot)?;
+    checks::young_enough(facts, snapshot, revert.max_age)?;
+    revertible(snapshot, facts)?;
+    checks::no_block_job(facts)?;
+    if facts.vm.managed_save {
+        if !revert.force {
+            return Err(Fault::new(
+                Reason::ManagedSavePresent,
+                format!(
+                    "VM '{}' has a managed save, memory that the next start would load over the \
+                     reverted disks; set force to drop it",
+                    facts.vm.name
+                ),
+            ));
+        }
+        draft.push(Step::DropManagedSave);
+        draft.warn(
+            "MANAGED_SAVE_DROPPED",
+            "the VM's saved memory is dropped, because force is set",
+            "",
+        );
+    }
+    if revert.safety_snapshot {
+        safety(facts, &mut draft)?;
+    }
+    let after = state_after(request, revert, snapshot, facts, &mut draft);
+    compare_definition(snapshot, facts, &mut draft);
+
+    let saved = snapshot.memory != Memory::None;
+    let definition = draft.push(Step::KeepDefinition);
+    draft.push(Step::Revert {
+        name: snapshot.name.clone(),
+        // Without memory, starting is a step of its own: libvirt deletes the old
+        // overlay before it tries to start.
+        running: saved && after == VmState::Running && snapshot.state != VmState::Running,
+        paused: saved && after == VmState::Paused && snapshot.state != VmState::Paused,
+        force: revert.force,
+        definition,
+    });
+    if let Some(copy) = snapshot
+        .record
+        .as_ref()
+        .and_then(|record| record.nvram_copy.clone())
+        && let Some(nvram) = &facts.vm.firmware.nvram
+    {
+        draft.push(Step::RestoreNvram {
+            from: copy,
+            to: nvram.clone(),
+        });
+    }
+    match (saved, after) {
+        (true, VmState::Stopped) => {
+            draft.push(Step::Stop);
+        }
+        (false, VmState::Running) => {
+            draft.push(Step::Start { paused: false });
+        }
+        (false, VmState::Paused) => {
+            draft.push(Step::Start { paused: true });
+        }
+        _ => {}
+    }
+    if after == VmState::Running {
+        checks::wait_for(revert.wait_for, revert.wait_timeout, &mut draft);
+        if saved && revert.sync_clock && facts.vm.agent.defined {
+            draft.push(Step::SyncClock);
+        }
+    } else if revert.wait_for != WaitFor::None {
+        draft.warn(
+            "NOT_WAITED",
+            format!(
+                "the VM ends {}, so there is no guest to wait for",
+                after.name()
+            ),
+            "set state_after to running",
+        );
+    }
+    draft.change("state", Some(facts.vm.state.name().into()), Some(after.name().into()));
+    draft.change(
+        "current_snapshot",
+        facts.current().map(|current| current.name.clone()),
+        Some(snapshot.name.clone()),
+    );
+    for disk in &snapshot.disks {
+        let now = facts
+            .vm
+            .disks
+            .iter()
+            .find(|vm| vm.target == disk.target)
+            .map(|vm| vm.path.clone());
+        if disk.kind.is_some() {
+            draft.change(
+                format!("disk.{}", disk.target),
+                now,
+                Some(format!("as in snapshot {}", snapshot.name)),
+            );
+        }
+    }
+    if !saved && snapshot.state != VmState::Stopped {
+        draft.warn(
+            "GUEST_RESTARTS",
+            format!(
+                "snapshot '{}' holds no memory: the guest starts from its disks",
+                snapshot.name
+            ),
+            "",
+        );
+    }
+    Ok(draft)
+}
+
+fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if snapshot
+        .record
+        .as_ref()
+        .is_some_and(|record| record.not_revertible)
+    {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "snapshot '{}' was made with disks left out and accept_no_revert; a revert would \
+                 throw those disks back further than anybody asked",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name));
+    }
+    if snapshot.kind != Kind::Internal && !facts.host.reverts_external() {
+        return Err(Fault::new(
+            Reason::KindUnsupported,
+            format!(
+                "snapshot '{}' is external, and this host's libvirt cannot revert to that; 9.10 or \
+                 newer can",
+                snapshot.name
+            ),
+        ));
+    }
+    // libvirt puts a fresh overlay on every disk, also on one that the snapshot
+    // left out: that one would fall back to a state that nobody asked for.
+    if snapshot.kind != Kind::Internal {
+        for disk in facts.writable_disks() {
+            let covered = snapshot
+                .disks
+                .iter()
+                .any(|of| of.target == disk.target && of.kind.is_some());
+            let known = snapshot.disks.iter().any(|of| of.target == disk.target);
+            if known && !covered {
+                return Err(Fault::new(
+                    Reason::SnapshotNotRevertible,
+                    format!(
+                        "snapshot '{}' does not cover disk {}, which a revert would throw back \
+                         further than anybody asked",
+                        snapshot.name, disk.target
+                    ),
+                )
+                .with("snapshot", &snapshot.name)
+                .with("disk", &disk.target));
+            }
+        }
+        for (target, path) in &snapshot.media {
+            let folder = facts.folders.get(crate::planning::facts::folder_of(path));
+            let missing = crate::planning::files::exists(facts, path) != Some(true);
+            let problem = match folder {
+                _ if missing => Some("it is not there"),
+                Some(folder) if !folder.writable => Some("its folder is read-only"),
+                _ => None,
+            };
+            if let Some(problem) = problem {
+                return Err(Fault::new(
+                    Reason::MediaNotCovered,
+                    format!(
+                        "drive {target} has the medium '{path}' in snapshot '{}'; the revert must \
+                         put an overlay on it, but {problem}",
+                        snapshot.name
+                    ),
+                )
+                .with("disk", target)
+                .with("medium", path));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn safety(facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
+    let name = create::free_name(facts, "safety");
+    let create = Create {
+        name: name.clone(),
+        description: "taken before a revert".into(),
+        ..Create::default()
+    };
+    checks::changeable(facts)?;
+    create::snapshot(&create, facts.vm.state, false, true, facts, draft)?;
+    draft.safety_snapshot = Some(name);
+    Ok(())
+}
+
+/// The state to end in, and why.
+fn state_after(
+    request: &Request,
+    revert: &Revert,
+    snapshot: &Snapshot,
+    facts: &Facts,
+    draft: &mut Draft,
+) -> VmState {
+    let (state, because) = match revert.state_after {
+        StateAfter::Running => (VmState::Running, "asked for"),
+        StateAfter::Paused => (VmState::Paused, "asked for"),
+        StateAfter::Stopped => (VmState::Stopped, "asked for"),
+        StateAfter::Auto if snapshot.memory != Memory::None => match snapshot.state {
+            VmState::Paused => (VmState::Paused, "memory was saved of a paused guest"),
+            _ => (VmState::Running, "memory was saved of a running guest"),
+        },
+        StateAfter::Auto if facts.vm.state != VmState::Stopped => {
+            (VmState::Running, "the VM is on now")
+        }
+        StateAfter::Auto if snapshot.state != VmState::Stopped => {
+            (VmState::Running, "the VM was on when the snapshot was made")
+        }
+        StateAfter::Auto if request.start_if_stopped => {
+            (VmState::Running, "start_if_stopped is set")
+        }
+        StateAfter::Auto => (VmState::Stopped, "the VM is off, and was off then"),
+    };
+    draft.decide("state after", state.name(), because);
+    state
+}
+
+/// What of the VM's definition the revert takes back.
+fn compare_definition(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
+    if snapshot.vm_memory > 0 {
+        draft.change(
+            "definition.memory",
+            Some(facts.vm.max_memory.to_string()),
+            Some(snapshot.vm_memory.to_string()),
+        );
+    }
+    if snapshot.vm_vcpus > 0 {
+        draft.change(
+            "definition.vcpus",
+            Some(facts.vm.vcpu_count.to_string()),
+            Some(snapshot.vm_vcpus.to_string()),
+        );
+    }
+    if !snapshot.machine.is_empty() && snapshot.machine != facts.vm.machine {
+        draft.change(
+            "definition.machine",
+            Some(facts.vm.machine.clone()),
+            Some(snapshot.machine.clone()),
+        );
+        draft.warn(
+            "MACHINE_DIFFERS",
+            format!(
+                "the snapshot was made on machine type {} and the VM has {} now",
+                snapshot.machine, facts.vm.machine
+            ),
+            "",
+        );
+    }
+    for disk in facts.writable_disks() {
+        if !snapshot.disks.iter().any(|of| of.target == disk.target) {
+            draft.change(
+                format!("definition.disk.{}", disk.target),
+                Some(disk.path.clone()),
+                None,
+            );
+            draft.warn(
+                "DISK_TAKEN_BACK",
+                format!(
+                    "disk {} was added after the snapshot; the revert takes it out of the VM, its \
+                     file '{}' stays",
+                    disk.target, disk.path
+                ),
+                "",
+            );
+        }
+    }
+    if let Some(record) = &snapshot.record
+        && snapshot.memory != Memory::None
+        && record.qemu != facts.host.qemu
+    {
+        draft.warn(
+            "QEMU_CHANGED",
+            format!(
+                "memory was saved by QEMU {} and will be loaded by {}",
+                super::kind::version(record.qemu),
+                super::kind::version(facts.host.qemu)
+            ),
+            "if it cannot be loaded, the VM is left as it is now",
+        );
+    }
+}

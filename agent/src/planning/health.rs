@@ -1,0 +1,114 @@
+//! Whether what libvirt lists can still be brought back.
+//!
+//! libvirt's metadata, the VM's chains and the images' own headers are three
+//! things; a merge behind libvirt's back changes only the second. This module
+//! holds them against each other.
+//!
+//! Invariants: pure; says *whole* only when each file that a revert would read
+//! is there and nothing newer was written into it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::facts::{Disk, Health, Kind, Memory, Snapshot};
+
+/// What is known of the files around.
+#[derive(Debug, Default)]
+pub struct Files<'a> {
+    /// Internal snapshots by image path; an image that is missing is absent.
+    pub images: BTreeMap<&'a str, &'a [String]>,
+    /// Paths that were looked for and are not there.
+    pub missing: BTreeSet<&'a str>,
+    /// Disks on which an unfinished delete is marked: snapshot and target.
+    pub deleting: BTreeSet<(&'a str, &'a str)>,
+}
+
+/// The health of one snapshot, given all of them.
+#[must_use]
+pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'_>) -> Health {
+    if snapshot.disks.iter().all(|disk| disk.kind.is_none()) {
+        return Health::MetadataOnly;
+    }
+    for disk in &snapshot.disks {
+        if files
+            .deleting
+            .contains(&(snapshot.name.as_str(), disk.target.as_str()))
+        {
+            return Health::Torn(format!(
+                "deleting it was interrupted while disk {} was being merged",
+                disk.target
+            ));
+        }
+        let Some(data) = disk.data.as_deref() else {
+            continue;
+        };
+        match disk.kind {
+            None => {}
+            Some(_) if files.missing.contains(data) => {
+                return Health::DataMissing(format!(
+                    "'{data}', which holds the data of disk {}, is missing",
+                    disk.target
+                ));
+            }
+            Some(Kind::Internal) => {
+                if let Some(internal) = files.images.get(data)
+                    && !internal.contains(&snapshot.name)
+                {
+                    return Health::DataMissing(format!(
+                        "the image '{data}' of disk {} holds no internal snapshot of that name",
+                        disk.target
+                    ));
+                }
+            }
+            Some(Kind::External | Kind::Mixed) => {
+                if let Some(problem) = merged_away(&disk.target, data, all, disks) {
+                    return Health::MergedAway(problem);
+                }
+            }
+        }
+    }
+    if let Memory::External(file) = &snapshot.memory
+        && files.missing.contains(file.as_str())
+    {
+        return Health::DataMissing(format!("the memory file '{file}' is missing"));
+    }
+    Health::Whole
+}
+
+/// Why newer data must be expected in `data`, if so: it is the active image of
+/// the VM, or the image above it in the VM's chain is none that a snapshot put
+/// there.
+fn merged_away(target: &str, data: &str, all: &[Snapshot], disks: &[Disk]) -> Option<String> {
+    let disk = disks.iter().find(|disk| disk.target == target)?;
+    if disk.path == data {
+        return Some(format!(
+            "disk {target} is being written into '{data}', which should have stood still"
+        ));
+    }
+    let at = disk.chain.iter().position(|image| image.path == data)?;
+    let above = &disk.chain.get(at.checked_sub(1)?)?.path;
+    let expected = all
+        .iter()
+        .filter(|other| {
+            other
+                .disks
+                .iter()
+                .any(|disk| disk.target == target && disk.data.as_deref() == Some(data))
+        })
+        .any(|other| {
+            other
+                .disks
+                .iter()
+                .any(|disk| disk.target == target && disk.overlay.as_ref() == Some(above))
+                || other
+                    .revert_overlays
+                    .iter()
+                    .any(|(disk, overlay)| disk == target && overlay == above)
+        });
+    if expected {
+        None
+    } else {
+        Some(format!(
+            "the overlay of disk {target} over '{data}' was merged; '{above}' stands on it now"
+        ))
+    }
+}

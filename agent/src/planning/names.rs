@@ -1,0 +1,176 @@
+//! Names: which new ones are allowed, which one was probably meant, and how a
+//! VM's or a snapshot's name becomes part of a file name.
+//!
+//! Invariant: a name that passed [`check_new_snapshot_name`] is safe in XML, in
+//! a path and in QEMU's job ids. Foreign snapshots may have any name; theirs
+//! only ever meet libvirt, never a path.
+
+/// The longest new snapshot name, in characters.
+pub const MAX_NAME: usize = 64;
+
+/// Checks the name of a snapshot that is to be made:
+/// `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`.
+///
+/// A space, a colon, quotes or anything beyond ASCII makes QEMU refuse the job
+/// id of a live internal snapshot; `/` and a leading `.` are refused by libvirt.
+///
+/// # Errors
+/// A sentence that names the character and what would be right.
+pub fn check_new_snapshot_name(name: &str) -> Result<(), String> {
+    const RIGHT: &str = "letters, digits, '.', '_' and '-' are allowed, a letter or digit first, \
+                         64 characters at most";
+    if name.is_empty() {
+        return Err(format!("the name is empty; {RIGHT}"));
+    }
+    let length = name.chars().count();
+    if length > MAX_NAME {
+        return Err(format!("the name has {length} characters; {RIGHT}"));
+    }
+    for (at, c) in name.chars().enumerate() {
+        let ok = c.is_ascii_alphanumeric() || (at > 0 && matches!(c, '.' | '_' | '-'));
+        if !ok {
+            let shown = if c.is_control() {
+                format!("U+{:04X}", u32::from(c))
+            } else {
+                format!("'{c}'")
+            };
+            return Err(format!(
+                "'{}' has {shown} at position {}; {RIGHT}",
+                name.escape_debug(),
+                at + 1
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Checks a name that refers to something that exists: a VM, a snapshot that
+/// somebody else may have made, a pool, a disk.
+///
+/// # Errors
+/// A sentence that says what is wrong.
+pub fn check_reference(name: &str) -> Result<(), String> {
+    if name.len() > 255 {
+        return Err(format!(
+            "the name has {} bytes; libvirt's names have 255 at most",
+            name.len()
+        ));
+    }
+    match name.chars().find(|c| c.is_control()) {
+        Some(c) => Err(format!(
+            "'{}' has the control character U+{:04X}",
+            name.escape_debug(),
+            u32::from(c)
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The name that was probably meant, if one is near enough to be of help.
+#[must_use]
+pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    names
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(wanted, name), name))
+        .filter(|(distance, name)| *distance * 2 <= wanted.chars().count().max(name.chars().count()))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+/// A name as part of a file name: what is not `[A-Za-z0-9._-]` becomes `_`, a
+/// leading dot too, and 64 characters are kept.
+#[must_use]
+pub fn file_part(name: &str) -> String {
+    name.chars()
+        .take(MAX_NAME)
+        .enumerate()
+        .map(|(at, c)| {
+            if c.is_ascii_alphanumeric() || c == '_' || c == '-' || (c == '.' && at > 0) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
+}
+
+/// Matches a shell-like pattern: `*`, `?`, and everything else for itself.
+#[must_use]
+pub fn glob(pattern: &str, name: &str) -> bool {
+    let pattern: Vec<char> = pattern.chars().collect();
+    let name: Vec<char> = name.chars().collect();
+    // Where to go on when a star has to take one more character.
+    let (mut p, mut n, mut retry) = (0, 0, None);
+    while n < name.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                retry = Some((p, n));
+                p += 1;
+            }
+            Some(c) if *c == '?' || *c == name[n] => {
+                p += 1;
+                n += 1;
+            }
+            _ => match retry {
+                Some((star, taken)) => {
+                    retry = Some((star, taken + 1));
+                    p = star + 1;
+                    n = taken + 1;
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|c| *c == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_breaks_qemu_or_libvirt_is_refused_and_the_character_is_named() {
+        for good in ["a", "before-upgrade", "1", "v1.2_3", &"x".repeat(64)] {
+            assert_eq!(check_new_snapshot_name(good), Ok(()), "{good}");
+        }
+        for (bad, told) in [
+            ("a b", "' '"),
+            ("a:b", "':'"),
+            ("a/b", "'/'"),
+            (".a", "'.'"),
+            ("-a", "'-'"),
+            ("ä", "'ä'"),
+            ("a\nb", "U+000A"),
+            ("a\"b", "'\"'"),
+            ("", "empty"),
+            (&"x".repeat(65), "65 characters"),
+        ] {
+            let error = check_new_snapshot_name(bad).unwrap_err();
+            assert!(error.contains(told), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_mistyped_name_finds_its_neighbour_and_a_strange_one_finds_none() {
+        let names = ["before-upgrade", "clean", "baseline"];
+        assert_eq!(nearest("befor-upgrade", names), Some("before-upgrade"));
+        assert_eq!(nearest("claen", names), Some("clean"));
+        assert_eq!(nearest("zzzzzzzz", names), None);
+    }
+
+    #[test]
+    fn a_file_name_is_made_of_harmless_characters_only() {
+        assert_eq!(file_part("web 1/../x"), "web_1_.._x");
+        assert_eq!(file_part("..hidden"), "_.hidden");
+    }
+
+    #[test]
+    fn a_pattern_matches_as_in_a_shell() {
+        assert!(glob("pre-*", "pre-upgrade"));
+        assert!(glob("*-2?", "nightly-21"));
+        assert!(glob("*", ""));
+        assert!(glob("a*b*c", "aXbYbZc"));
+        assert!(!glob("pre-*", "post-upgrade"));
+        assert!(!glob("?", ""));
+    }
+}
