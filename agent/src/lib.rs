@@ -1,3 +1,5 @@
 //! The vmsnap agent.
 
+pub mod flow;
+pub mod journal;
 pub mod planning;

@@ -1,0 +1,419 @@
+//! The journal: runs, their records, what was recorded of snapshots, files that
+//! this agent made, and learned fixes. SQLite, on a thread of its own.
+//!
+//! Invariants
+//! - [`Journal::append`] returns only when the record is on disk (WAL with
+//!   `synchronous=FULL`).
+//! - A database with a schema newer than this program knows, or one that is
+//!   damaged, is an error with a way on, never silently replaced.
+//! - Times are milliseconds since the epoch.
+
+mod schema;
+mod store;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use jiff::Timestamp;
+use rusqlite::Connection;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::{
+    flow::Record,
+    planning::{Fault, Outcome, Request, facts::SnapshotRecord},
+};
+
+pub use store::RunFilter;
+
+/// Who asked for a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Caller {
+    /// `uid:1000`, a certificate's name, `loopback`, or `agent` for itself.
+    pub identity: String,
+    /// `unix`, `tcp` or `self`.
+    pub transport: String,
+    /// Address, where there is one.
+    pub address: String,
+}
+
+/// Status of a run, as listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunStatus {
+    /// Waits behind another run.
+    Queued,
+    /// Takes its steps.
+    Running,
+    /// Undoes what it did.
+    Undoing,
+    /// Done.
+    Succeeded,
+    /// Failed and undone.
+    Failed,
+    /// Stopped and undone.
+    Cancelled,
+    /// Undoing failed.
+    Stuck,
+    /// Refused before anything was touched.
+    Refused,
+}
+
+impl RunStatus {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Queued,
+        Self::Running,
+        Self::Undoing,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Stuck,
+        Self::Refused,
+    ];
+
+    /// As stored.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Undoing => "undoing",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Stuck => "stuck",
+            Self::Refused => "refused",
+        }
+    }
+
+    /// Whether the run is over.
+    #[must_use]
+    pub fn is_over(self) -> bool {
+        !matches!(self, Self::Queued | Self::Running | Self::Undoing)
+    }
+}
+
+/// A run as a whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunRow {
+    /// Id.
+    pub id: String,
+    /// The caller's own id for it.
+    pub request_id: String,
+    /// What was asked.
+    pub request: Request,
+    /// Who asked.
+    pub caller: Caller,
+    /// Status.
+    pub status: RunStatus,
+    /// When it was accepted.
+    pub started: Timestamp,
+    /// When it ended.
+    pub finished: Option<Timestamp>,
+    /// Hash of its plan; empty before there is one.
+    pub plan_hash: String,
+    /// What it achieved.
+    pub outcome: Option<Outcome>,
+    /// Why it failed.
+    pub fault: Option<Fault>,
+    /// Number of its last record.
+    pub last_sequence: u64,
+}
+
+/// A record with its number and time.
+#[derive(Debug, Clone)]
+pub struct Stamped {
+    /// From 1, without gaps.
+    pub sequence: u64,
+    /// When it was written.
+    pub time: Timestamp,
+    /// The record.
+    pub record: Record,
+}
+
+/// A fix that worked on this host, or a fault that was seen here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Learned {
+    /// Id.
+    pub id: String,
+    /// Reason code.
+    pub reason: String,
+    /// Pool or VM; empty for all.
+    pub subject: String,
+    /// The fix; empty when only the fault was seen.
+    pub fix: String,
+    /// How often it was seen.
+    pub seen: u32,
+    /// When it was last seen.
+    pub last: Timestamp,
+}
+
+/// Why the journal cannot be used.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum JournalError {
+    /// It was written by a newer agent.
+    #[error(
+        "the journal {path} has schema {found} and this agent knows {known}; run the agent that \
+         wrote it, or a newer one"
+    )]
+    TooNew {
+        /// Where.
+        path: String,
+        /// Its schema.
+        found: i64,
+        /// Newest known.
+        known: i64,
+    },
+    /// SQLite says that it is damaged, or it is no database.
+    #[error(
+        "the journal {path} is damaged ({what}); move it aside (with its -wal and -shm files) and \
+         start again: runs before now cannot be read back then, and guests that were held have to \
+         be looked at"
+    )]
+    Damaged {
+        /// Where.
+        path: String,
+        /// SQLite's words.
+        what: String,
+    },
+    /// A row cannot be understood.
+    #[error("the journal's row {row} cannot be read: {what}")]
+    Unreadable {
+        /// Which.
+        row: String,
+        /// Why.
+        what: String,
+    },
+    /// Reading or writing failed.
+    #[error("the journal {path} cannot be used: {what}")]
+    Io {
+        /// Where.
+        path: String,
+        /// SQLite's words.
+        what: String,
+    },
+    /// The journal's thread is gone.
+    #[error("the journal is closed")]
+    Closed,
+}
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// A cheap handle to the journal.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    jobs: mpsc::Sender<Job>,
+    path: Arc<PathBuf>,
+}
+
+impl Journal {
+    /// Opens the journal, and makes it when it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be read or written, is damaged, or was written by a newer
+    /// agent.
+    pub fn open(path: &Path) -> Result<Self, JournalError> {
+        let mut connection = schema::open(path)?;
+        let (jobs, inbox) = mpsc::channel::<Job>();
+        thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || {
+                while let Ok(job) = inbox.recv() {
+                    job(&mut connection);
+                }
+            })
+            .map_err(|error| JournalError::Io {
+                path: path.display().to_string(),
+                what: error.to_string(),
+            })?;
+        Ok(Self {
+            jobs,
+            path: Arc::new(path.to_owned()),
+        })
+    }
+
+    async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, store::Error> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        let (reply, answer) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            // A caller that is gone does not want the answer.
+            let _ = reply.send(work(connection));
+        });
+        self.jobs.send(job).map_err(|_| JournalError::Closed)?;
+        let result = answer.await.map_err(|_| JournalError::Closed)?;
+        result.map_err(|error| error.at(&self.path))
+    }
+
+    /// Notes a new run.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn begin(&self, run: RunRow) -> Result<(), JournalError> {
+        self.call(move |db| store::begin(db, &run)).await
+    }
+
+    /// Appends a record and returns it with its number and time.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn append(&self, run: &str, record: Record) -> Result<Stamped, JournalError> {
+        let run = run.to_owned();
+        self.call(move |db| store::append(db, &run, record)).await
+    }
+
+    /// Reads one run.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn run(&self, id: &str) -> Result<Option<RunRow>, JournalError> {
+        let id = id.to_owned();
+        self.call(move |db| store::run(db, &id)).await
+    }
+
+    /// The newest run of a request id.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn by_request_id(&self, id: &str) -> Result<Option<RunRow>, JournalError> {
+        let id = id.to_owned();
+        self.call(move |db| store::by_request_id(db, &id)).await
+    }
+
+    /// Runs, newest first.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn runs(&self, filter: RunFilter) -> Result<Vec<RunRow>, JournalError> {
+        self.call(move |db| store::runs(db, &filter)).await
+    }
+
+    /// Runs that are not over: after a start, those that were interrupted.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn open_runs(&self) -> Result<Vec<RunRow>, JournalError> {
+        self.call(store::open_runs).await
+    }
+
+    /// The records of a run, from a number on.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn records(&self, run: &str, from: u64) -> Result<Vec<Stamped>, JournalError> {
+        let run = run.to_owned();
+        self.call(move |db| store::records(db, &run, from)).await
+    }
+
+    /// Records what is known of a snapshot.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn record_snapshot(
+        &self,
+        vm_uuid: &str,
+        name: &str,
+        record: SnapshotRecord,
+    ) -> Result<(), JournalError> {
+        let (vm, name) = (vm_uuid.to_owned(), name.to_owned());
+        self.call(move |db| store::record_snapshot(db, &vm, &name, &record))
+            .await
+    }
+
+    /// Forgets what was recorded of a snapshot.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn forget_snapshot(&self, vm_uuid: &str, name: &str) -> Result<(), JournalError> {
+        let (vm, name) = (vm_uuid.to_owned(), name.to_owned());
+        self.call(move |db| store::forget_snapshot(db, &vm, &name))
+            .await
+    }
+
+    /// What was recorded of a VM's snapshots, by name.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn snapshot_records(
+        &self,
+        vm_uuid: &str,
+    ) -> Result<Vec<(String, SnapshotRecord)>, JournalError> {
+        let vm = vm_uuid.to_owned();
+        self.call(move |db| store::snapshot_records(db, &vm)).await
+    }
+
+    /// Notes files before they are made.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn note_files(&self, run: &str, paths: Vec<String>) -> Result<(), JournalError> {
+        let run = run.to_owned();
+        self.call(move |db| store::note_files(db, &run, &paths)).await
+    }
+
+    /// All files that this agent noted.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn noted_files(&self) -> Result<Vec<String>, JournalError> {
+        self.call(store::noted_files).await
+    }
+
+    /// Forgets files that are gone.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn forget_files(&self, paths: Vec<String>) -> Result<(), JournalError> {
+        self.call(move |db| store::forget_files(db, &paths)).await
+    }
+
+    /// Learns that a fault was seen, or the fix for it.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn learn(
+        &self,
+        reason: &str,
+        subject: &str,
+        fix: Option<&str>,
+    ) -> Result<Learned, JournalError> {
+        let (reason, subject) = (reason.to_owned(), subject.to_owned());
+        let fix = fix.map(str::to_owned);
+        self.call(move |db| store::learn(db, &reason, &subject, fix.as_deref()))
+            .await
+    }
+
+    /// All that was learned, last seen first.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn learned(&self) -> Result<Vec<Learned>, JournalError> {
+        self.call(store::learned).await
+    }
+
+    /// Forgets what was learned; false when there is no such id.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn forget_learned(&self, id: &str) -> Result<bool, JournalError> {
+        let id = id.to_owned();
+        self.call(move |db| store::forget_learned(db, &id)).await
+    }
+
+    /// Removes runs that ended before a time, newest `keep` excepted. Stuck runs
+    /// stay.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn prune(&self, before: Timestamp, keep: u32) -> Result<u64, JournalError> {
+        self.call(move |db| store::prune(db, before, keep)).await
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,114 @@
+//! The journal's tables, and how an old one becomes a new one.
+//!
+//! Invariant: `user_version` is the number of migrations applied; a migration
+//! that was released is never edited, only followed by another.
+
+use std::path::Path;
+
+use rusqlite::{Connection, ErrorCode};
+
+use super::JournalError;
+
+const MIGRATIONS: &[&str] = &["
+    CREATE TABLE runs (
+        id TEXT PRIMARY KEY,
+        request_id TEXT NOT NULL,
+        vm TEXT NOT NULL,
+        action TEXT NOT NULL,
+        request TEXT NOT NULL,
+        caller TEXT NOT NULL,
+        status TEXT NOT NULL,
+        started INTEGER NOT NULL,
+        finished INTEGER,
+        plan_hash TEXT NOT NULL,
+        outcome TEXT,
+        fault TEXT,
+        last_sequence INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX runs_by_time ON runs (started, id);
+    CREATE INDEX runs_by_request ON runs (request_id);
+    CREATE INDEX runs_open ON runs (finished) WHERE finished IS NULL;
+    CREATE TABLE records (
+        run TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
+        sequence INTEGER NOT NULL,
+        time INTEGER NOT NULL,
+        body TEXT NOT NULL,
+        PRIMARY KEY (run, sequence)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE snapshots (
+        vm_uuid TEXT NOT NULL,
+        name TEXT NOT NULL,
+        body TEXT NOT NULL,
+        PRIMARY KEY (vm_uuid, name)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE files (
+        path TEXT PRIMARY KEY,
+        run TEXT NOT NULL,
+        made INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE learned (
+        id TEXT PRIMARY KEY,
+        reason TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        fix TEXT NOT NULL,
+        seen INTEGER NOT NULL,
+        last INTEGER NOT NULL,
+        UNIQUE (reason, subject)
+    ) STRICT;
+"];
+
+/// Opens a database and brings it to the newest schema.
+pub fn open(path: &Path) -> Result<Connection, JournalError> {
+    let shown = path.display().to_string();
+    let wrong = |error: rusqlite::Error| classify(&shown, &error);
+    let mut db = Connection::open(path).map_err(wrong)?;
+    db.busy_timeout(std::time::Duration::from_secs(5))
+        .map_err(wrong)?;
+    db.pragma_update(None, "journal_mode", "WAL").map_err(wrong)?;
+    db.pragma_update(None, "synchronous", "FULL").map_err(wrong)?;
+    db.pragma_update(None, "foreign_keys", "ON").map_err(wrong)?;
+    let found: i64 = db
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .map_err(wrong)?;
+    let known = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
+    if found > known {
+        return Err(JournalError::TooNew {
+            path: shown,
+            found,
+            known,
+        });
+    }
+    let check: String = db
+        .pragma_query_value(None, "quick_check", |row| row.get(0))
+        .map_err(wrong)?;
+    if check != "ok" {
+        return Err(JournalError::Damaged {
+            path: shown,
+            what: check,
+        });
+    }
+    let from = usize::try_from(found).unwrap_or(0);
+    for (version, migration) in (1_i64..).zip(MIGRATIONS).skip(from) {
+        let transaction = db.transaction().map_err(wrong)?;
+        transaction.execute_batch(migration).map_err(wrong)?;
+        transaction
+            .pragma_update(None, "user_version", version)
+            .map_err(wrong)?;
+        transaction.commit().map_err(wrong)?;
+    }
+    Ok(db)
+}
+
+/// SQLite's error as ours.
+pub fn classify(path: &str, error: &rusqlite::Error) -> JournalError {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => JournalError::Damaged {
+            path: path.to_owned(),
+            what: error.to_string(),
+        },
+        _ => JournalError::Io {
+            path: path.to_owned(),
+            what: error.to_string(),
+        },
+    }
+}

@@ -1,0 +1,120 @@
+use vmsnap_engine::Closing;
+
+use super::*;
+use crate::planning::request::{Action, List};
+
+fn folder() -> PathBuf {
+    let path = std::env::temp_dir().join(format!("vmsnap-journal-{}", uuid::Uuid::now_v7()));
+    std::fs::create_dir_all(&path).unwrap();
+    path
+}
+
+fn row(id: &str) -> RunRow {
+    RunRow {
+        id: id.into(),
+        request_id: format!("request-{id}"),
+        request: Request {
+            vm: "web1".into(),
+            action: Action::List(List::default()),
+            start_if_stopped: false,
+            pool: "default".into(),
+        },
+        caller: Caller {
+            identity: "uid:0".into(),
+            transport: "unix".into(),
+            address: String::new(),
+        },
+        status: RunStatus::Running,
+        started: Timestamp::from_millisecond(1_700_000_000_000).unwrap(),
+        finished: None,
+        plan_hash: String::new(),
+        outcome: None,
+        fault: None,
+        last_sequence: 0,
+    }
+}
+
+fn closed() -> Record {
+    Record::Closed {
+        closing: Closing::Succeeded,
+        outcome: Some(Box::default()),
+        fault: None,
+    }
+}
+
+#[tokio::test]
+async fn a_run_and_its_records_read_back_after_the_journal_was_closed() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    journal.begin(row("1")).await.unwrap();
+    let first = journal.append("1", Record::Recovering).await.unwrap();
+    let last = journal.append("1", closed()).await.unwrap();
+    assert_eq!((first.sequence, last.sequence), (1, 2));
+    drop(journal);
+    let journal = Journal::open(&path).unwrap();
+    let run = journal.run("1").await.unwrap().unwrap();
+    assert_eq!(run.status, RunStatus::Succeeded);
+    assert_eq!(run.last_sequence, 2);
+    assert!(run.finished.is_some());
+    assert_eq!(journal.records("1", 2).await.unwrap().len(), 1);
+    assert!(journal.open_runs().await.unwrap().is_empty());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_damaged_journal_is_an_error_with_a_way_on_and_is_left_as_it_is() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    std::fs::write(&path, b"this is no database, but it may be somebody's").unwrap();
+    let error = Journal::open(&path).unwrap_err();
+    assert!(matches!(error, JournalError::Damaged { .. }), "{error}");
+    assert!(error.to_string().contains("move it aside"));
+    assert!(std::fs::read(&path).unwrap().starts_with(b"this is no"));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_journal_of_a_newer_agent_is_refused() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    drop(Journal::open(&path).unwrap());
+    let db = Connection::open(&path).unwrap();
+    db.pragma_update(None, "user_version", 99).unwrap();
+    drop(db);
+    let error = Journal::open(&path).unwrap_err();
+    assert!(matches!(error, JournalError::TooNew { found: 99, .. }), "{error}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_fault_that_is_seen_again_is_counted_and_a_recorded_fix_stays_with_it() {
+    let folder = folder();
+    let journal = Journal::open(&folder.join("journal.db")).unwrap();
+    journal.learn("NO_SPACE", "default", None).await.unwrap();
+    journal.learn("NO_SPACE", "default", Some("grow the pool")).await.unwrap();
+    let again = journal.learn("NO_SPACE", "default", None).await.unwrap();
+    assert_eq!((again.seen, again.fix.as_str()), (2, "grow the pool"));
+    assert!(journal.forget_learned(&again.id).await.unwrap());
+    assert!(!journal.forget_learned(&again.id).await.unwrap());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn old_runs_go_but_open_and_stuck_ones_stay() {
+    let folder = folder();
+    let journal = Journal::open(&folder.join("journal.db")).unwrap();
+    for id in ["1", "2", "3"] {
+        journal.begin(row(id)).await.unwrap();
+    }
+    journal.append("1", closed()).await.unwrap();
+    let stuck = Record::Closed { closing: Closing::Stuck, outcome: None, fault: None };
+    journal.append("2", stuck).await.unwrap();
+    let later = Timestamp::now() + jiff::SignedDuration::from_hours(1);
+    assert_eq!(journal.prune(later, 0).await.unwrap(), 1);
+    assert!(journal.run("1").await.unwrap().is_none());
+    assert!(journal.records("1", 0).await.unwrap().is_empty());
+    assert!(journal.run("2").await.unwrap().is_some());
+    assert!(journal.run("3").await.unwrap().is_some());
+    std::fs::remove_dir_all(folder).unwrap();
+}
