@@ -1,0 +1,352 @@
+//! The agent's configuration: documented defaults, a TOML file over them.
+//!
+//! Invariants: an absent file at the default path is fine; unknown keys are
+//! refused with file, line and key; a value that cannot work is refused by
+//! [`Config::check`] before anything starts.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the configuration is looked for unless another file is named.
+pub const DEFAULT_PATH: &str = "/etc/vmsnap/agent.toml";
+
+/// The whole configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The hypervisor.
+    pub libvirt: Libvirt,
+    /// Where callers reach the agent.
+    pub listen: Listen,
+    /// The journal.
+    pub journal: Journal,
+    /// Storage.
+    pub storage: Storage,
+    /// Limits.
+    pub limits: Limits,
+    /// Logs.
+    pub log: Log,
+}
+
+/// `[libvirt]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Libvirt {
+    /// libvirt's connection URI.
+    pub uri: String,
+    /// Seconds that a reading call may take.
+    pub read_timeout: u64,
+    /// Seconds that a changing call may take; merges and memory captures are
+    /// bounded by progress instead.
+    pub effect_timeout: u64,
+    /// Seconds that a releasing call (thaw, resume, abort) may take.
+    pub release_timeout: u64,
+}
+
+/// `[listen]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Listen {
+    /// Path of the Unix socket; empty for none.
+    pub socket: PathBuf,
+    /// Group that may use the socket; empty leaves the agent's own.
+    pub socket_group: String,
+    /// Permissions of the socket, in octal.
+    pub socket_mode: String,
+    /// Loopback address for plaintext TCP, such as `127.0.0.1:7443`; empty for
+    /// none. Anything but loopback is refused.
+    pub tcp: String,
+}
+
+/// `[journal]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Journal {
+    /// Path of the database.
+    pub path: PathBuf,
+    /// Runs older than this many days are removed.
+    pub keep_days: u32,
+    /// The newest runs that stay whatever their age.
+    pub keep_runs: u32,
+}
+
+/// `[storage]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Storage {
+    /// No other host uses the network file systems that this one has.
+    pub exclusive: bool,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Deepest backing chain to which a snapshot is still added.
+    pub max_chain: u32,
+    /// Runs that may be open at once.
+    pub max_runs: u32,
+    /// Seconds between heartbeats of a watched run.
+    pub heartbeat: u64,
+    /// Seconds that open runs may take to stop when the agent is told to.
+    pub shutdown: u64,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// Filter, such as `info` or `vmsnap_agent=debug`.
+    pub level: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for Libvirt {
+    fn default() -> Self {
+        Self {
+            uri: "qemu:///system".into(),
+            read_timeout: 20,
+            effect_timeout: 120,
+            release_timeout: 30,
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self {
+            socket: "/run/vmsnap/agent.sock".into(),
+            socket_group: String::new(),
+            socket_mode: "0660".into(),
+            tcp: String::new(),
+        }
+    }
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self {
+            path: "/var/lib/vmsnap/journal.db".into(),
+            keep_days: 90,
+            keep_runs: 1_000,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_chain: 32,
+            max_runs: 256,
+            heartbeat: 10,
+            shutdown: 60,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: "info".into(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// File and line, or the key.
+    pub place: String,
+    /// What is wrong and what would be right.
+    pub problem: String,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}: {}", self.place, self.problem)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads the file that was named, or the default one if it exists.
+    ///
+    /// # Errors
+    /// When it cannot be read or understood.
+    pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = named.unwrap_or(Path::new(DEFAULT_PATH));
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(error) => {
+                return Err(ConfigError {
+                    place: path.display().to_string(),
+                    problem: format!("cannot be read: {error}"),
+                });
+            }
+        };
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Understands a configuration's text; `place` names it in errors.
+    ///
+    /// # Errors
+    /// With file, line and key.
+    pub fn parse(text: &str, place: &str) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| {
+            let line = error
+                .span()
+                .map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            ConfigError {
+                place: match line {
+                    Some(line) => format!("{place}:{line}"),
+                    None => place.to_owned(),
+                },
+                problem: error.message().to_owned(),
+            }
+        })
+    }
+
+    /// Checks values against each other and against what can work.
+    ///
+    /// # Errors
+    /// The first value that cannot work, with its key.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |key: &str, problem: String| {
+            Err(ConfigError {
+                place: key.to_owned(),
+                problem,
+            })
+        };
+        if self.listen.socket.as_os_str().is_empty() && self.listen.tcp.is_empty() {
+            return wrong("listen", "neither socket nor tcp is set; nobody could call".into());
+        }
+        if self.listen.socket.as_os_str().len() > 107 {
+            return wrong(
+                "listen.socket",
+                format!(
+                    "'{}' has {} bytes; a socket's path has 107 at most",
+                    self.listen.socket.display(),
+                    self.listen.socket.as_os_str().len()
+                ),
+            );
+        }
+        if self.socket_mode().is_none() {
+            return wrong(
+                "listen.socket_mode",
+                format!("'{}' is not an octal mode such as 0660", self.listen.socket_mode),
+            );
+        }
+        if !self.listen.tcp.is_empty() {
+            match self.tcp() {
+                Some(address) if address.ip().is_loopback() => {}
+                Some(address) => {
+                    return wrong(
+                        "listen.tcp",
+                        format!(
+                            "{address} is not a loopback address; plaintext is served on loopback \
+                             only, across hosts mutual TLS is needed"
+                        ),
+                    );
+                }
+                None => {
+                    return wrong(
+                        "listen.tcp",
+                        format!(
+                            "'{}' is not an address with a port, such as 127.0.0.1:7443",
+                            self.listen.tcp
+                        ),
+                    );
+                }
+            }
+        }
+        for (key, value) in [
+            ("libvirt.read_timeout", self.libvirt.read_timeout),
+            ("libvirt.effect_timeout", self.libvirt.effect_timeout),
+            ("libvirt.release_timeout", self.libvirt.release_timeout),
+            ("limits.heartbeat", self.limits.heartbeat),
+            ("limits.max_chain", u64::from(self.limits.max_chain)),
+            ("limits.max_runs", u64::from(self.limits.max_runs)),
+        ] {
+            if value == 0 {
+                return wrong(key, "is 0; a number above 0 is needed".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The socket's permissions.
+    #[must_use]
+    pub fn socket_mode(&self) -> Option<u32> {
+        u32::from_str_radix(&self.listen.socket_mode, 8)
+            .ok()
+            .filter(|mode| *mode <= 0o777)
+    }
+
+    /// The TCP address.
+    #[must_use]
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        self.listen.tcp.parse().ok()
+    }
+
+    /// Time between heartbeats.
+    #[must_use]
+    pub fn heartbeat(&self) -> Duration {
+        Duration::from_secs(self.limits.heartbeat)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_defaults_and_they_pass_the_check() {
+        let config = Config::parse("", "x").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_file_line_and_key() {
+        let error = Config::parse("[libvirt]\nurl = 'qemu:///session'\n", "/etc/a.toml").unwrap_err();
+        assert_eq!(error.place, "/etc/a.toml:2");
+        assert!(error.problem.contains("url"), "{error}");
+    }
+
+    #[test]
+    fn plaintext_beyond_loopback_is_refused() {
+        let config = Config::parse("[listen]\ntcp = '0.0.0.0:7443'\n", "x").unwrap();
+        let error = config.check().unwrap_err();
+        assert_eq!(error.place, "listen.tcp");
+        assert!(error.problem.contains("mutual TLS"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_type_names_the_line() {
+        let error = Config::parse("\n[limits]\nmax_chain = 'deep'\n", "a").unwrap_err();
+        assert_eq!(error.place, "a:3");
+    }
+}

@@ -1,0 +1,597 @@
+//! Runs: who may begin, who waits, who watches, and what is left of them after a
+//! restart.
+//!
+//! Invariants
+//! - One run at a time changes a VM; the next waits and is told for whom.
+//! - A run belongs to the agent: it is a task of its own, callers only watch.
+//! - An equal request id joins the run it belongs to, going on or over; without
+//!   an id, an equal request joins only a run that goes on.
+//! - Interrupted runs are recovered before anybody is served.
+
+mod live;
+mod watch;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::sync::{OwnedMutexGuard, Semaphore};
+use vmsnap_engine::{Closing, Log as _, Run};
+use vmsnap_hypervisor::Hypervisor;
+
+use crate::{
+    config::Config,
+    flow::{Record, RunState},
+    journal::{Caller, Journal, JournalError, RunFilter, RunRow, RunStatus},
+    observe::Observer,
+    perform::Performer,
+    planning::{self, Fault, Plan, Reason, Request},
+};
+
+pub use live::{Live, LiveLog, Progress};
+pub use watch::Event;
+
+/// How a run is to be begun.
+#[derive(Debug, Clone, Default)]
+pub struct Submission {
+    /// The caller's own id for it; empty for none.
+    pub request_id: String,
+    /// Run only if the plan has this hash; empty for any.
+    pub plan_hash: String,
+    /// Stop it when it takes longer.
+    pub timeout: Option<Duration>,
+}
+
+/// The turn on one VM.
+#[derive(Debug, Default)]
+struct Turn {
+    lock: Arc<tokio::sync::Mutex<()>>,
+    holder: Mutex<Option<String>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    hypervisor: Hypervisor,
+    journal: Journal,
+    observer: Observer,
+    config: Config,
+    live: Mutex<HashMap<String, Arc<Live>>>,
+    turns: Mutex<HashMap<String, Arc<Turn>>>,
+    stopping: AtomicBool,
+    places: Arc<Semaphore>,
+}
+
+/// A cheap handle to all runs.
+#[derive(Debug, Clone)]
+pub struct Workflows(Arc<Inner>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl From<JournalError> for Fault {
+    fn from(error: JournalError) -> Self {
+        Self::new(Reason::JournalUnavailable, error.to_string())
+    }
+}
+
+impl Workflows {
+    /// Nothing goes on yet.
+    #[must_use]
+    pub fn new(hypervisor: Hypervisor, journal: Journal, config: Config) -> Self {
+        let observer = Observer::new(hypervisor.clone(), journal.clone(), &config);
+        let places = Arc::new(Semaphore::new(config.limits.max_runs as usize));
+        Self(Arc::new(Inner {
+            hypervisor,
+            journal,
+            observer,
+            config,
+            live: Mutex::default(),
+            turns: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            places,
+        }))
+    }
+
+    /// Reads facts for others.
+    #[must_use]
+    pub fn observer(&self) -> &Observer {
+        &self.0.observer
+    }
+
+    /// The journal.
+    #[must_use]
+    pub fn journal(&self) -> &Journal {
+        &self.0.journal
+    }
+
+    /// Plans a request; changes nothing.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub async fn plan(&self, request: &Request) -> Result<(Plan, planning::Facts), Fault> {
+        request.check()?;
+        let facts = self.0.observer.facts(request).await?;
+        let plan = planning::plan(request, &facts)?;
+        Ok((plan, facts))
+    }
+
+    /// Begins a run, or joins the one that it belongs to. Returns its id.
+    ///
+    /// # Errors
+    /// When the request is malformed, the id belongs to something else, the
+    /// agent is stopping or full, or the journal cannot be written.
+    pub async fn submit(
+        &self,
+        request: Request,
+        how: Submission,
+        caller: Caller,
+    ) -> Result<String, Fault> {
+        request.check()?;
+        if let Some(id) = self.joined(&request, &how.request_id).await? {
+            return Ok(id);
+        }
+        if self.0.stopping.load(Ordering::Acquire) {
+            return Err(Fault::new(
+                Reason::ShuttingDown,
+                "the agent is stopping and takes no new runs; try again when it is back",
+            ));
+        }
+        let Ok(place) = self.0.places.clone().try_acquire_owned() else {
+            return Err(Fault::new(
+                Reason::LimitReached,
+                format!(
+                    "{} runs are open, which is the limit; try again when some are over",
+                    self.0.config.limits.max_runs
+                ),
+            ));
+        };
+        let id = uuid::Uuid::now_v7().to_string();
+        let request_id = if how.request_id.is_empty() {
+            id.clone()
+        } else {
+            how.request_id.clone()
+        };
+        let live = Live::new(
+            id.clone(),
+            request_id.clone(),
+            request.clone(),
+            caller.identity.clone(),
+            Vec::new(),
+        );
+        // Known before it is written, so that two equal requests at once cannot
+        // both begin.
+        {
+            let mut all = lock(&self.0.live);
+            if let Some(other) = all.values().find(|other| other.request_id == request_id) {
+                return Ok(other.id.clone());
+            }
+            all.insert(id.clone(), live.clone());
+        }
+        let begun = self
+            .0
+            .journal
+            .begin(RunRow {
+                id: id.clone(),
+                request_id,
+                request,
+                caller,
+                status: RunStatus::Running,
+                started: Timestamp::now(),
+                finished: None,
+                plan_hash: String::new(),
+                outcome: None,
+                fault: None,
+                last_sequence: 0,
+            })
+            .await;
+        if let Err(error) = begun {
+            lock(&self.0.live).remove(&id);
+            return Err(error.into());
+        }
+        let workflows = self.clone();
+        tokio::spawn(async move {
+            let _place = place;
+            workflows.drive(live, how).await;
+        });
+        Ok(id)
+    }
+
+    /// The run that a request belongs to, if there is one.
+    async fn joined(&self, request: &Request, request_id: &str) -> Result<Option<String>, Fault> {
+        let same = |id: &str, found: &Request| {
+            if found == request {
+                Ok(Some(id.to_owned()))
+            } else {
+                Err(Fault::new(
+                    Reason::RequestIdReused,
+                    format!(
+                        "request_id '{request_id}' belongs to run {id}, which is {} on VM '{}', \
+                         not what is asked now; use another id",
+                        found.action.name(),
+                        found.vm
+                    ),
+                )
+                .with("workflow_id", id))
+            }
+        };
+        if request_id.is_empty() {
+            let live = lock(&self.0.live);
+            return Ok(live
+                .values()
+                .find(|live| live.request == *request && !request.action.reads_only())
+                .map(|live| live.id.clone()));
+        }
+        let going_on = lock(&self.0.live)
+            .values()
+            .find(|live| live.request_id == request_id)
+            .cloned();
+        if let Some(live) = going_on {
+            return same(&live.id, &live.request);
+        }
+        match self.0.journal.by_request_id(request_id).await? {
+            Some(run) => same(&run.id, &run.request),
+            None => Ok(None),
+        }
+    }
+
+    async fn drive(&self, live: Arc<Live>, how: Submission) {
+        let span_id = live.id.clone();
+        tracing::info!(
+            run = %span_id,
+            vm = %live.request.vm,
+            action = live.request.action.name(),
+            caller = %live.caller,
+            "run begins"
+        );
+        let timer = how.timeout.map(|timeout| {
+            let live = live.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(timeout).await;
+                live.stop(Fault::new(
+                    Reason::TimedOut,
+                    format!("the run took longer than its timeout of {} s", timeout.as_secs()),
+                ));
+            })
+        });
+        let log = LiveLog {
+            live: live.clone(),
+            journal: self.0.journal.clone(),
+        };
+        let closing = self.steps(&live, &log, &how).await;
+        if let Some(timer) = timer {
+            timer.abort();
+        }
+        lock(&self.0.live).remove(&live.id);
+        match closing {
+            Ok(closing) => {
+                tracing::info!(run = %span_id, closing = ?closing, "run ends");
+                self.learn(&live).await;
+            }
+            Err(error) => {
+                tracing::error!(run = %span_id, %error, "run was left open: the journal failed");
+            }
+        }
+    }
+
+    async fn steps(
+        &self,
+        live: &Arc<Live>,
+        log: &LiveLog,
+        how: &Submission,
+    ) -> Result<Closing, vmsnap_engine::LogError> {
+        let request = &live.request;
+        let _turn = if request.action.reads_only() && !request.start_if_stopped {
+            None
+        } else {
+            match self.turn(live, log).await? {
+                Ok(turn) => Some(turn),
+                Err(fault) => return refuse(log, fault).await,
+            }
+        };
+        let planned = match self.0.observer.facts(request).await {
+            Ok(facts) => planning::plan(request, &facts).map(|plan| (plan, facts)),
+            Err(fault) => Err(fault),
+        };
+        let (plan, facts) = match planned {
+            Ok(planned) => planned,
+            Err(fault) => return refuse(log, fault).await,
+        };
+        if !how.plan_hash.is_empty() && how.plan_hash != plan.hash {
+            let fault = Fault::new(
+                Reason::PlanChanged,
+                format!(
+                    "plan {} was demanded and the facts now lead to {}; look at the new plan",
+                    how.plan_hash, plan.hash
+                ),
+            )
+            .with("demanded", &how.plan_hash)
+            .with("found", &plan.hash);
+            return refuse(log, fault).await;
+        }
+        let performer = Performer::new(
+            self.0.hypervisor.clone(),
+            self.0.journal.clone(),
+            self.0.observer.clone(),
+            live.clone(),
+            plan.clone(),
+            Some(facts),
+        );
+        let state = folded(live);
+        Run::new(state, &performer, log, live.cancel.clone())
+            .execute(plan)
+            .await
+    }
+
+    /// Waits for the turn on the VM.
+    async fn turn(
+        &self,
+        live: &Arc<Live>,
+        log: &LiveLog,
+    ) -> Result<Result<HeldTurn, Fault>, vmsnap_engine::LogError> {
+        let turn = lock(&self.0.turns)
+            .entry(live.request.vm.clone())
+            .or_default()
+            .clone();
+        let guard = match turn.lock.clone().try_lock_owned() {
+            Ok(guard) => guard,
+            Err(_) => {
+                let behind = lock(&turn.holder).clone().unwrap_or_default();
+                log.append(Record::Queued { behind }).await?;
+                let waiting = turn.lock.clone().lock_owned();
+                tokio::pin!(waiting);
+                loop {
+                    tokio::select! {
+                        guard = &mut waiting => break guard,
+                        () = tokio::time::sleep(Duration::from_millis(200)) => {
+                            if live.cancel.is_requested() {
+                                return Ok(Err(cancelled(live)));
+                            }
+                        }
+                    }
+                }
+            }
+        };
+        *lock(&turn.holder) = Some(live.id.clone());
+        Ok(Ok(HeldTurn {
+            turn,
+            _guard: guard,
+        }))
+    }
+
+    /// What an ended run teaches: a lack of space is remembered for its pool.
+    async fn learn(&self, live: &Live) {
+        let fault = live
+            .records_from(1)
+            .iter()
+            .rev()
+            .find_map(|record| match &record.record {
+                Record::Closed { fault, .. } => fault.clone(),
+                _ => None,
+            });
+        let Some(fault) = fault.filter(|fault| fault.reason == Reason::NoSpace) else {
+            return;
+        };
+        let subject = fault
+            .metadata
+            .get("pool")
+            .or_else(|| fault.metadata.get("path"))
+            .cloned()
+            .unwrap_or_default();
+        if let Err(error) = self
+            .0
+            .journal
+            .learn(fault.reason.as_str(), &subject, None)
+            .await
+        {
+            tracing::warn!(%error, "what this run taught could not be kept");
+        }
+    }
+
+    /// Stops a run between its steps.
+    ///
+    /// # Errors
+    /// When there is no such run, or it is over.
+    pub async fn cancel(&self, id: &str, by: &Caller) -> Result<(), Fault> {
+        let live = lock(&self.0.live).get(id).cloned();
+        match live {
+            Some(live) => {
+                live.stop(Fault::new(
+                    Reason::Cancelled,
+                    format!("the run was cancelled by {}", by.identity),
+                ));
+                Ok(())
+            }
+            None => {
+                let run = self.run(id).await?;
+                Err(Fault::new(
+                    Reason::WorkflowState,
+                    format!("run {id} is over ({}) and cannot be cancelled", run.status.name()),
+                )
+                .with("state", run.status.name()))
+            }
+        }
+    }
+
+    /// Records what somebody did about a stuck run.
+    ///
+    /// # Errors
+    /// When there is no such run, or it is not stuck.
+    pub async fn resolve(&self, id: &str, note: &str, by: &Caller) -> Result<(), Fault> {
+        let run = self.run(id).await?;
+        if run.status != RunStatus::Stuck {
+            return Err(Fault::new(
+                Reason::WorkflowState,
+                format!("run {id} is {} and not stuck", run.status.name()),
+            )
+            .with("state", run.status.name()));
+        }
+        let resolved = Record::Resolved {
+            by: by.identity.clone(),
+            note: note.to_owned(),
+        };
+        self.0.journal.append(id, resolved).await?;
+        Ok(())
+    }
+
+    /// Reads one run.
+    ///
+    /// # Errors
+    /// When there is no such run.
+    pub async fn run(&self, id: &str) -> Result<RunRow, Fault> {
+        self.0.journal.run(id).await?.ok_or_else(|| {
+            Fault::new(Reason::WorkflowNotFound, format!("there is no run '{}'", id.escape_debug()))
+                .with("workflow_id", id)
+        })
+    }
+
+    /// Runs, newest first.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn runs(&self, filter: RunFilter) -> Result<Vec<RunRow>, Fault> {
+        Ok(self.0.journal.runs(filter).await?)
+    }
+
+    /// The run that is changing a VM now.
+    #[must_use]
+    pub fn busy_with(&self, vm: &str) -> Option<String> {
+        let turn = lock(&self.0.turns).get(vm).cloned()?;
+        lock(&turn.holder).clone()
+    }
+
+    /// Finishes or undoes what a former life of the agent left open.
+    ///
+    /// # Errors
+    /// When the journal cannot be read or written.
+    pub async fn recover(&self) -> Result<usize, Fault> {
+        let open = self.0.journal.open_runs().await?;
+        let count = open.len();
+        for run in open {
+            self.recover_one(run).await?;
+        }
+        if self.0.config.journal.keep_days > 0 {
+            let age = jiff::SignedDuration::from_hours(
+                i64::from(self.0.config.journal.keep_days).saturating_mul(24),
+            );
+            let gone = self
+                .0
+                .journal
+                .prune(Timestamp::now() - age, self.0.config.journal.keep_runs)
+                .await?;
+            if gone > 0 {
+                tracing::info!(runs = gone, "old runs were removed from the journal");
+            }
+        }
+        Ok(count)
+    }
+
+    async fn recover_one(&self, run: RunRow) -> Result<(), Fault> {
+        let records = self.0.journal.records(&run.id, 1).await?;
+        let live = Live::new(
+            run.id.clone(),
+            run.request_id,
+            run.request,
+            run.caller.identity,
+            records,
+        );
+        let log = LiveLog {
+            live: live.clone(),
+            journal: self.0.journal.clone(),
+        };
+        let fault = Fault::new(
+            Reason::Interrupted,
+            "the agent stopped in the middle of this run and undid it when it came back",
+        );
+        let state = folded(&live);
+        let closing = match state.plan.clone() {
+            None => refuse(&log, fault).await,
+            Some(plan) => {
+                let performer = Performer::new(
+                    self.0.hypervisor.clone(),
+                    self.0.journal.clone(),
+                    self.0.observer.clone(),
+                    live.clone(),
+                    *plan,
+                    None,
+                );
+                Run::new(state, &performer, &log, live.cancel.clone())
+                    .recover(fault)
+                    .await
+            }
+        };
+        match closing {
+            Ok(closing) => {
+                tracing::warn!(run = %live.id, vm = %live.request.vm, ?closing, "an interrupted run was recovered");
+                Ok(())
+            }
+            Err(error) => Err(Fault::new(Reason::JournalUnavailable, error.to_string())),
+        }
+    }
+
+    /// Takes no new runs, stops those that go on, and waits for them, but not
+    /// for ever. Returns how many were still going on.
+    pub async fn shut_down(&self) -> usize {
+        self.0.stopping.store(true, Ordering::Release);
+        let deadline =
+            tokio::time::Instant::now() + Duration::from_secs(self.0.config.limits.shutdown);
+        for live in lock(&self.0.live).values() {
+            live.stop(Fault::new(
+                Reason::ShuttingDown,
+                "the agent was told to stop; what this run did was undone",
+            ));
+        }
+        loop {
+            let left = lock(&self.0.live).len();
+            if left == 0 || tokio::time::Instant::now() >= deadline {
+                return left;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// The turn on a VM, given back when dropped.
+struct HeldTurn {
+    turn: Arc<Turn>,
+    _guard: OwnedMutexGuard<()>,
+}
+
+impl Drop for HeldTurn {
+    fn drop(&mut self) {
+        *lock(&self.turn.holder) = None;
+    }
+}
+
+fn folded(live: &Live) -> RunState {
+    let records = live.records_from(1);
+    let mut state = RunState::default();
+    for record in &records {
+        if let Err(illegal) = state.apply(&record.record) {
+            tracing::error!(run = %live.id, %illegal, "the journal holds an impossible record");
+            break;
+        }
+    }
+    state
+}
+
+fn cancelled(live: &Live) -> Fault {
+    live.stopped_because()
+        .unwrap_or_else(|| Fault::new(Reason::Cancelled, "the run was cancelled"))
+}
+
+async fn refuse(log: &LiveLog, fault: Fault) -> Result<Closing, vmsnap_engine::LogError> {
+    log.append(Record::Closed {
+        closing: Closing::Refused,
+        outcome: None,
+        fault: Some(fault),
+    })
+    .await?;
+    Ok(Closing::Refused)
+}
