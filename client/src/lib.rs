@@ -5,5 +5,16 @@
 //! Invariants: no libvirt is linked here, and nothing heavy either, because the
 //! Ansible module travels to the host with every task.
 
+mod client;
+mod endpoint;
+mod error;
+mod failure;
 pub mod json;
 pub mod quantity;
+mod run;
+
+pub use client::{Client, ConnectOptions};
+pub use endpoint::{DEFAULT_SOCKET, ENDPOINT_VARIABLE, Endpoint, EndpointError, EndpointFault};
+pub use error::Error;
+pub use failure::{Failure, Violation};
+pub use run::{Connection, Finished, REATTACH_WITHIN, RunOptions, RunStream, to_wire};

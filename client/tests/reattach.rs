@@ -1,0 +1,458 @@
+//! What the client does when the connection to an agent breaks, against a
+//! scripted agent behind a wire that can be cut.
+
+mod wire;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::{net::UnixListener, sync::watch};
+use tokio_stream::{Stream, wrappers::UnixListenerStream};
+use tonic::{Request, Response, Status, transport::Server};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use vmsnap_client::{Client, ConnectOptions, Connection, Endpoint, Error, RunOptions};
+use vmsnap_proto::{
+    ERROR_DOMAIN,
+    v1::{
+        self,
+        workflow_event::Kind,
+        workflow_service_server::{WorkflowService, WorkflowServiceServer},
+    },
+};
+
+use wire::Wire;
+
+const ID: &str = "0199-run";
+
+/// One run whose events are let out by the test.
+#[derive(Clone)]
+struct Scripted {
+    events: Arc<Vec<v1::WorkflowEvent>>,
+    closing: Option<Status>,
+    refusal: Option<Status>,
+    released: watch::Sender<usize>,
+    runs: Arc<Mutex<Vec<v1::RunWorkflowRequest>>>,
+    watches: Arc<Mutex<Vec<v1::WatchWorkflowRequest>>>,
+}
+
+impl Scripted {
+    fn new(kinds: Vec<(u64, Kind)>) -> Self {
+        let events = kinds.into_iter().map(|(sequence, kind)| v1::WorkflowEvent {
+            workflow_id: ID.to_owned(),
+            sequence,
+            time: None,
+            kind: Some(kind),
+        });
+        Scripted {
+            events: Arc::new(events.collect()),
+            closing: None,
+            refusal: None,
+            released: watch::Sender::new(0),
+            runs: Arc::default(),
+            watches: Arc::default(),
+        }
+    }
+
+    fn release(&self, count: usize) {
+        self.released.send_replace(count);
+    }
+
+    fn stream<T: Send + 'static>(
+        &self,
+        from: u64,
+        closing: Option<Status>,
+        wrap: fn(v1::WorkflowEvent) -> T,
+    ) -> BoxStream<T> {
+        let (sender, receiver) = tokio::sync::mpsc::channel(8);
+        let events = Arc::clone(&self.events);
+        let mut released = self.released.subscribe();
+        tokio::spawn(async move {
+            for (at, event) in events
+                .iter()
+                .enumerate()
+                .filter(|(_, event)| event.sequence >= from)
+            {
+                if released.wait_for(|count| *count > at).await.is_err() {
+                    return;
+                }
+                if sender.send(Ok(wrap(event.clone()))).await.is_err() {
+                    return;
+                }
+            }
+            if let Some(status) = closing {
+                let _ = sender.send(Err(status)).await;
+            }
+        });
+        Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))
+    }
+}
+
+type BoxStream<T> = std::pin::Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl WorkflowService for Scripted {
+    type RunWorkflowStream = BoxStream<v1::RunWorkflowResponse>;
+    type WatchWorkflowStream = BoxStream<v1::WatchWorkflowResponse>;
+
+    async fn run_workflow(
+        &self,
+        request: Request<v1::RunWorkflowRequest>,
+    ) -> Result<Response<Self::RunWorkflowStream>, Status> {
+        self.runs.lock().unwrap().push(request.into_inner());
+        if let Some(refusal) = &self.refusal {
+            return Err(refusal.clone());
+        }
+        let wrap = |event| v1::RunWorkflowResponse { event: Some(event) };
+        Ok(Response::new(self.stream(0, self.closing.clone(), wrap)))
+    }
+
+    async fn watch_workflow(
+        &self,
+        request: Request<v1::WatchWorkflowRequest>,
+    ) -> Result<Response<Self::WatchWorkflowStream>, Status> {
+        let request = request.into_inner();
+        let from = request.from_sequence;
+        self.watches.lock().unwrap().push(request);
+        let wrap = |event| v1::WatchWorkflowResponse { event: Some(event) };
+        Ok(Response::new(self.stream(from, None, wrap)))
+    }
+
+    async fn plan_workflow(
+        &self,
+        _: Request<v1::PlanWorkflowRequest>,
+    ) -> Result<Response<v1::PlanWorkflowResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn cancel_workflow(
+        &self,
+        _: Request<v1::CancelWorkflowRequest>,
+    ) -> Result<Response<v1::CancelWorkflowResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn confirm_workflow(
+        &self,
+        _: Request<v1::ConfirmWorkflowRequest>,
+    ) -> Result<Response<v1::ConfirmWorkflowResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn resolve_workflow(
+        &self,
+        _: Request<v1::ResolveWorkflowRequest>,
+    ) -> Result<Response<v1::ResolveWorkflowResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn get_workflow(
+        &self,
+        _: Request<v1::GetWorkflowRequest>,
+    ) -> Result<Response<v1::GetWorkflowResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn list_workflows(
+        &self,
+        _: Request<v1::ListWorkflowsRequest>,
+    ) -> Result<Response<v1::ListWorkflowsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+/// The scripted agent, a wire to it, and a client at the wire's other end.
+struct Scene {
+    agent: Scripted,
+    wire: Wire,
+    client: Client,
+    _folder: wire::Folder,
+}
+
+impl Scene {
+    async fn new(agent: Scripted) -> Self {
+        let folder = wire::Folder::new();
+        let behind = folder.path("agent.sock");
+        let listener = UnixListener::bind(&behind).unwrap();
+        tokio::spawn(
+            Server::builder()
+                .add_service(WorkflowServiceServer::new(agent.clone()))
+                .serve_with_incoming(UnixListenerStream::new(listener)),
+        );
+        let wire = Wire::new(folder.path("wire.sock"), behind);
+        let endpoint = Endpoint::Unix(folder.path("wire.sock"));
+        let client = Client::connect(&endpoint, &ConnectOptions::default())
+            .await
+            .unwrap();
+        Scene {
+            agent,
+            wire,
+            client,
+            _folder: folder,
+        }
+    }
+}
+
+fn step(index: u32) -> Kind {
+    Kind::StepStarted(v1::EventStepStarted {
+        index,
+        ..Default::default()
+    })
+}
+
+fn outcome(state: v1::WorkflowState, failure: Option<v1::Failure>) -> Kind {
+    Kind::Outcome(v1::EventOutcome {
+        state: state.into(),
+        result: None,
+        failure,
+    })
+}
+
+fn five_events() -> Scripted {
+    Scripted::new(vec![
+        (1, Kind::Planned(v1::EventPlanned::default())),
+        (2, step(0)),
+        (3, step(1)),
+        (4, step(2)),
+        (5, outcome(v1::WorkflowState::Succeeded, None)),
+    ])
+}
+
+fn spec() -> v1::WorkflowSpec {
+    v1::WorkflowSpec {
+        vm_name: "web1".to_owned(),
+        ..Default::default()
+    }
+}
+
+fn refusal() -> Status {
+    let mut details = ErrorDetails::new();
+    details
+        .set_error_info("SNAPSHOT_NOT_FOUND", ERROR_DOMAIN, HashMap::new())
+        .add_help_link("what it means", "docs/errors/SNAPSHOT_NOT_FOUND.md");
+    Status::with_error_details(tonic::Code::NotFound, "no such snapshot", details)
+}
+
+#[tokio::test]
+async fn a_run_cut_in_the_middle_goes_on_after_the_last_event_and_gives_none_twice() {
+    let mut scene = Scene::new(five_events()).await;
+    scene.agent.release(2);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let listener = Arc::clone(&heard);
+    let mut stream = scene
+        .client
+        .run(spec(), RunOptions::default())
+        .on_connection(move |connection| listener.lock().unwrap().push(connection.clone()));
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        seen.push(stream.next().await.unwrap().unwrap().sequence);
+    }
+    scene.wire.cut();
+    scene.agent.release(5);
+    while let Some(event) = stream.next().await.unwrap() {
+        seen.push(event.sequence);
+    }
+    assert_eq!(seen, [1, 2, 3, 4, 5]);
+    let finished = stream.finished().unwrap();
+    assert!(finished.succeeded());
+    assert_eq!(
+        (
+            finished.workflow_id.as_str(),
+            finished.events,
+            finished.reattachments
+        ),
+        (ID, 5, 1)
+    );
+    assert_eq!(scene.agent.runs.lock().unwrap().len(), 1);
+    assert_eq!(scene.agent.watches.lock().unwrap()[0].from_sequence, 3);
+    let heard = heard.lock().unwrap();
+    assert!(matches!(heard.first(), Some(Connection::Lost { .. })));
+    assert_eq!(heard.last(), Some(&Connection::Restored));
+}
+
+#[tokio::test]
+async fn a_run_cut_before_its_first_event_joins_by_the_same_request_id() {
+    let mut scene = Scene::new(five_events()).await;
+    let mut stream = scene.client.run(spec(), RunOptions::default());
+    let first = tokio::time::timeout(Duration::from_millis(300), stream.next()).await;
+    assert!(first.is_err(), "nothing was released yet");
+    scene.wire.cut();
+    scene.agent.release(5);
+    let finished = stream.to_end(|_| {}).await.unwrap();
+    assert_eq!(finished.events, 5);
+    let runs = scene.agent.runs.lock().unwrap();
+    assert_eq!(runs.len(), 2);
+    assert!(!runs[0].request_id.is_empty());
+    assert_eq!(runs[0].request_id, runs[1].request_id);
+    assert_eq!(
+        (runs[0].join_finished, runs[1].join_finished),
+        (false, true)
+    );
+}
+
+#[tokio::test]
+async fn an_agent_that_stays_away_is_given_up_in_bounded_time_with_the_run_named() {
+    let mut scene = Scene::new(five_events()).await;
+    scene.agent.release(1);
+    let options = RunOptions {
+        reattach_within: Duration::from_millis(500),
+        ..RunOptions::default()
+    };
+    let mut stream = scene.client.run(spec(), options);
+    stream.next().await.unwrap();
+    scene.wire.remove();
+    let error = tokio::time::timeout(Duration::from_secs(10), stream.next())
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert!(error.is_no_agent());
+    assert!(
+        error
+            .to_string()
+            .ends_with("while following workflow 0199-run"),
+        "{error}"
+    );
+    assert!(error.advice().unwrap().contains("vmsnap watch 0199-run"));
+}
+
+#[tokio::test]
+async fn an_agent_that_comes_back_within_the_time_is_found_again() {
+    let mut scene = Scene::new(five_events()).await;
+    scene.agent.release(1);
+    let mut stream = scene.client.run(spec(), RunOptions::default());
+    stream.next().await.unwrap();
+    scene.wire.remove();
+    let following = tokio::spawn(stream.to_end(|_| {}));
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    scene.wire.restore();
+    scene.agent.release(5);
+    let finished = following.await.unwrap().unwrap();
+    assert_eq!((finished.events, finished.reattachments), (5, 1));
+}
+
+#[tokio::test]
+async fn a_refusal_is_not_tried_again_and_keeps_its_details() {
+    let agent = Scripted {
+        refusal: Some(refusal()),
+        ..five_events()
+    };
+    let scene = Scene::new(agent).await;
+    let error = scene
+        .client
+        .run(spec(), RunOptions::default())
+        .to_end(|_| {})
+        .await
+        .unwrap_err();
+    let failure = error.failure().unwrap();
+    assert_eq!(failure.reason, "SNAPSHOT_NOT_FOUND");
+    assert!(failure.page.is_some());
+    assert_eq!(scene.agent.runs.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_failed_run_ends_with_its_outcome_and_the_page_of_its_error() {
+    let failure = v1::Failure {
+        code: 5,
+        reason: "SNAPSHOT_NOT_FOUND".to_owned(),
+        ..Default::default()
+    };
+    let agent = Scripted {
+        closing: Some(refusal()),
+        ..Scripted::new(vec![(1, outcome(v1::WorkflowState::Failed, Some(failure)))])
+    };
+    let scene = Scene::new(agent).await;
+    scene.agent.release(1);
+    let finished = scene
+        .client
+        .run(spec(), RunOptions::default())
+        .to_end(|_| {})
+        .await
+        .unwrap();
+    assert_eq!(finished.state, v1::WorkflowState::Failed);
+    assert_eq!(
+        finished.failure.unwrap().page.as_deref(),
+        Some("docs/errors/SNAPSHOT_NOT_FOUND.md")
+    );
+}
+
+#[tokio::test]
+async fn heartbeats_are_hidden_and_progress_passes_without_counting() {
+    let agent = Scripted::new(vec![
+        (1, step(0)),
+        (1, Kind::Heartbeat(v1::EventHeartbeat {})),
+        (
+            1,
+            Kind::StepProgress(v1::EventStepProgress {
+                done_bytes: 7,
+                ..Default::default()
+            }),
+        ),
+        (2, outcome(v1::WorkflowState::Succeeded, None)),
+    ]);
+    let scene = Scene::new(agent).await;
+    scene.agent.release(4);
+    let mut shown = 0;
+    let finished = scene
+        .client
+        .watch(ID, 1, Duration::from_secs(1))
+        .to_end(|_| shown += 1)
+        .await
+        .unwrap();
+    assert_eq!((shown, finished.events), (3, 2));
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_named_by_its_kind() {
+    let folder = wire::Folder::new();
+    let options = ConnectOptions::default();
+    let missing = Endpoint::Unix(folder.path("none.sock"));
+    assert!(matches!(
+        Client::connect(&missing, &options).await,
+        Err(Error::NoSuchSocket { .. })
+    ));
+
+    let deserted = folder.path("deserted.sock");
+    drop(UnixListener::bind(&deserted).unwrap());
+    let deserted = Endpoint::Unix(deserted);
+    assert!(matches!(
+        Client::connect(&deserted, &options).await,
+        Err(Error::Refused { .. })
+    ));
+
+    let free = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let closed = Endpoint::parse(&free.to_string()).unwrap();
+    assert!(matches!(
+        Client::connect(&closed, &options).await,
+        Err(Error::Refused { .. })
+    ));
+
+    let remote = Endpoint::parse("192.0.2.1:7443").unwrap();
+    assert!(matches!(
+        Client::connect(&remote, &options).await,
+        Err(Error::TlsNeeded { .. })
+    ));
+}
+
+#[tokio::test]
+async fn something_that_accepts_and_never_answers_runs_into_the_deadline() {
+    let folder = wire::Folder::new();
+    let path = folder.path("mute.sock");
+    let _listener = UnixListener::bind(&path).unwrap();
+    let options = ConnectOptions {
+        connect_timeout: Duration::from_millis(300),
+        call_timeout: Duration::from_millis(300),
+        ..ConnectOptions::default()
+    };
+    let client = Client::connect(&Endpoint::Unix(path), &options).await;
+    // HTTP/2's preface is sent without waiting for the peer's, so connecting may succeed.
+    let error = match client {
+        Ok(client) => client.host().await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+}
