@@ -1,0 +1,140 @@
+//! `InventoryService`.
+
+use tonic::{Request, Response, Status};
+use vmsnap_proto::v1::{self, inventory_service_server::InventoryService};
+
+use super::{errors, reply, workflow};
+use crate::{
+    planning::{
+        Fault,
+        actions::kind::version,
+        request::{Action, DEFAULT_POOL, List},
+    },
+    workflows::Workflows,
+};
+
+/// The service over the observer.
+#[derive(Debug, Clone)]
+pub struct Service(pub Workflows);
+
+fn failed(fault: Fault) -> Status {
+    errors::status(&fault)
+}
+
+#[tonic::async_trait]
+impl InventoryService for Service {
+    async fn get_host(
+        &self,
+        _: Request<v1::GetHostRequest>,
+    ) -> Result<Response<v1::GetHostResponse>, Status> {
+        let (info, host) = self.0.observer().host().await.map_err(failed)?;
+        Ok(Response::new(v1::GetHostResponse {
+            hostname: info.hostname,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            libvirt_version: version(host.libvirt),
+            hypervisor: info.hypervisor,
+            hypervisor_version: version(host.qemu),
+            uri: info.uri,
+            can_revert_external: host.reverts_external(),
+            can_delete_external: host.deletes_external(),
+        }))
+    }
+
+    async fn list_vms(
+        &self,
+        request: Request<v1::ListVmsRequest>,
+    ) -> Result<Response<v1::ListVmsResponse>, Status> {
+        let message = request.into_inner();
+        let mut all = self.0.observer().vms().await.map_err(failed)?;
+        for vm in &mut all {
+            vm.busy_with = self.0.busy_with(&vm.name);
+        }
+        let (page, next_page_token) = workflow::slice(
+            &all,
+            workflow::page(message.page_size, 100, 1_000),
+            &message.page_token,
+        )?;
+        Ok(Response::new(v1::ListVmsResponse {
+            vms: page
+                .into_iter()
+                .map(|vm| v1::VmSummary {
+                    name: vm.name,
+                    uuid: vm.uuid,
+                    state: reply::vm_state(vm.state) as i32,
+                    state_reason: vm.reason,
+                    vcpus: vm.vcpus,
+                    memory_bytes: vm.memory,
+                    snapshot_count: vm.snapshots,
+                    workflow_id: vm.busy_with.unwrap_or_default(),
+                })
+                .collect(),
+            next_page_token,
+        }))
+    }
+
+    async fn get_vm(
+        &self,
+        request: Request<v1::GetVmRequest>,
+    ) -> Result<Response<v1::GetVmResponse>, Status> {
+        let asked = crate::planning::Request {
+            vm: request.into_inner().vm_name,
+            action: Action::List(List::default()),
+            start_if_stopped: false,
+            pool: DEFAULT_POOL.to_owned(),
+        };
+        let (_, facts) = self.0.plan(&asked).await.map_err(failed)?;
+        Ok(Response::new(v1::GetVmResponse {
+            vm: Some(reply::vm(&facts.vm)),
+        }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::ListSnapshotsRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        let message = request.into_inner();
+        let only = (!message.vm_name.is_empty()).then_some(message.vm_name.as_str());
+        let vms = self.0.observer().all_snapshots(only).await.map_err(failed)?;
+        let all: Vec<v1::Snapshot> = vms
+            .iter()
+            .flat_map(|(vm, snapshots)| reply::snapshots(vm, snapshots))
+            .collect();
+        let (snapshots, next_page_token) = workflow::slice(
+            &all,
+            workflow::page(message.page_size, 100, 10_000),
+            &message.page_token,
+        )?;
+        Ok(Response::new(v1::ListSnapshotsResponse {
+            snapshots,
+            next_page_token,
+        }))
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<v1::ListVolumesRequest>,
+    ) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        let message = request.into_inner();
+        let pool = if message.pool.is_empty() {
+            DEFAULT_POOL
+        } else {
+            &message.pool
+        };
+        let (storage, users) = self.0.observer().volumes(pool).await.map_err(failed)?;
+        let storage = reply::storage(&storage, None);
+        let mut volumes = storage.volumes;
+        for volume in &mut volumes {
+            volume.used_by = users.get(&volume.path).cloned().unwrap_or_default();
+        }
+        let (volumes, next_page_token) = workflow::slice(
+            &volumes,
+            workflow::page(message.page_size, 100, 1_000),
+            &message.page_token,
+        )?;
+        Ok(Response::new(v1::ListVolumesResponse {
+            pool: storage.pool,
+            volumes,
+            next_page_token,
+        }))
+    }
+}

@@ -1,0 +1,227 @@
+//! Where callers reach the agent: a Unix socket, and plaintext TCP on loopback
+//! when the configuration asks for it.
+//!
+//! Invariants: a socket file that another agent still serves is never taken
+//! over; one that was left behind by a dead agent is.
+
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::Path,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, UnixListener, UnixStream},
+    sync::watch,
+};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
+use vmsnap_proto::v1::{
+    inventory_service_server::InventoryServiceServer,
+    known_issue_service_server::KnownIssueServiceServer,
+    workflow_service_server::WorkflowServiceServer,
+};
+
+use super::{inventory, known_issues, workflow};
+use crate::{config::Config, workflows::Workflows};
+
+/// The largest message that is taken, in bytes.
+const MESSAGE_MOST: usize = 256 * 1024;
+/// HTTP/2 pings find out about peers that are gone without a word.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Sockets that are open before anything else starts, so that a taken address
+/// is found at once.
+#[derive(Debug)]
+pub struct Endpoints {
+    unix: Option<UnixListener>,
+    tcp: Option<TcpListener>,
+}
+
+/// Where the agent can be reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bound {
+    /// The Unix socket.
+    pub socket: Option<String>,
+    /// The TCP address, with the port that was given out.
+    pub tcp: Option<SocketAddr>,
+}
+
+impl Endpoints {
+    /// Opens what the configuration names.
+    ///
+    /// # Errors
+    /// A sentence that names the address and the reason.
+    pub async fn open(config: &Config) -> Result<Self, String> {
+        let socket = &config.listen.socket;
+        let unix = if socket.as_os_str().is_empty() {
+            None
+        } else {
+            Some(
+                open_socket(socket, config)
+                    .await
+                    .map_err(|error| format!("listen.socket '{}': {error}", socket.display()))?,
+            )
+        };
+        let tcp = match config.tcp() {
+            None => None,
+            Some(address) => Some(
+                TcpListener::bind(address)
+                    .await
+                    .map_err(|error| format!("listen.tcp '{address}': {error}"))?,
+            ),
+        };
+        Ok(Self { unix, tcp })
+    }
+
+    /// Where they are.
+    #[must_use]
+    pub fn bound(&self) -> Bound {
+        Bound {
+            socket: self
+                .unix
+                .as_ref()
+                .and_then(|unix| unix.local_addr().ok())
+                .and_then(|address| address.as_pathname().map(|path| path.display().to_string())),
+            tcp: self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()),
+        }
+    }
+
+    /// Serves until `stop` says true (or its sender is gone), then lets open
+    /// streams end.
+    ///
+    /// # Errors
+    /// When a listener fails.
+    pub async fn serve(
+        self,
+        workflows: Workflows,
+        stop: watch::Receiver<bool>,
+    ) -> Result<(), tonic::transport::Error> {
+        let stopped = || {
+            let mut stop = stop.clone();
+            async move {
+                // A sender that is gone means a stop too.
+                let _ = stop.wait_for(|stop| *stop).await;
+            }
+        };
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health
+            .set_serving::<WorkflowServiceServer<workflow::Service>>()
+            .await;
+        health
+            .set_serving::<InventoryServiceServer<inventory::Service>>()
+            .await;
+        health
+            .set_serving::<KnownIssueServiceServer<known_issues::Service>>()
+            .await;
+        let watching = tokio::spawn(report_health(workflows.clone(), health));
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(vmsnap_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1();
+        let reflection = match reflection {
+            Ok(reflection) => Some(reflection),
+            Err(error) => {
+                tracing::error!(%error, "reflection is off: the built-in descriptors cannot be read");
+                None
+            }
+        };
+        let router = || {
+            Server::builder()
+                .http2_keepalive_interval(Some(KEEPALIVE))
+                .http2_keepalive_timeout(Some(KEEPALIVE))
+                .add_service(health_service.clone())
+                .add_optional_service(reflection.clone())
+                .add_service(
+                    WorkflowServiceServer::new(workflow::Service(workflows.clone()))
+                        .max_decoding_message_size(MESSAGE_MOST),
+                )
+                .add_service(
+                    InventoryServiceServer::new(inventory::Service(workflows.clone()))
+                        .max_decoding_message_size(MESSAGE_MOST),
+                )
+                .add_service(
+                    KnownIssueServiceServer::new(known_issues::Service(workflows.clone()))
+                        .max_decoding_message_size(MESSAGE_MOST),
+                )
+        };
+        let over_unix = self.unix.map(|unix| {
+            router().serve_with_incoming_shutdown(UnixListenerStream::new(unix), stopped())
+        });
+        let over_tcp = self.tcp.map(|tcp| {
+            router().serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stopped())
+        });
+        let result = tokio::try_join!(optional(over_unix), optional(over_tcp));
+        watching.abort();
+        result.map(|_| ())
+    }
+}
+
+async fn optional<F: Future<Output = Result<(), tonic::transport::Error>>>(
+    serving: Option<F>,
+) -> Result<(), tonic::transport::Error> {
+    match serving {
+        Some(serving) => serving.await,
+        None => Ok(()),
+    }
+}
+
+/// Health follows the link to libvirt: without it nothing can be served.
+async fn report_health(workflows: Workflows, health: tonic_health::server::HealthReporter) {
+    let mut link = workflows.observer().link();
+    loop {
+        let status = if workflows.observer().is_reachable() {
+            tonic_health::ServingStatus::Serving
+        } else {
+            tonic_health::ServingStatus::NotServing
+        };
+        health.set_service_status("", status).await;
+        if link.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn open_socket(path: &Path, config: &Config) -> io::Result<UnixListener> {
+    if path.exists() {
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another agent answers there; stop it first, or choose another socket",
+            ));
+        }
+        std::fs::remove_file(path)?;
+    } else if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    if !config.listen.socket_group.is_empty() {
+        let gid = group_id(&config.listen.socket_group)?;
+        chown(path, None, Some(gid))?;
+    }
+    let mode = config.socket_mode().unwrap_or(0o660);
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    Ok(listener)
+}
+
+/// The id of a group, by number or from the host's group file.
+fn group_id(name: &str) -> io::Result<u32> {
+    if let Ok(id) = name.parse() {
+        return Ok(id);
+    }
+    std::fs::read_to_string("/etc/group")?
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(':');
+            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
+        })
+        .ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("the host has no group '{name}'"),
+            )
+        })
+}

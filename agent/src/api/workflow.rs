@@ -1,0 +1,317 @@
+//! `WorkflowService`.
+
+use std::{pin::Pin, time::Duration};
+
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status};
+use vmsnap_proto::v1::{self, workflow_service_server::WorkflowService};
+
+use super::{caller, errors, reply, spec};
+use crate::{
+    flow::Record,
+    journal::{RunFilter, RunStatus},
+    planning::{Fault, Reason, request::Action},
+    workflows::{Event, Submission, Workflows},
+};
+
+const PAGE: u32 = 100;
+const PAGE_MOST: u32 = 1_000;
+/// Longest request id and plan hash, in bytes.
+const ID_MOST: usize = 128;
+/// Longest note of a resolution, in bytes.
+const NOTE_MOST: usize = 4_096;
+
+/// The service over the runs.
+#[derive(Debug, Clone)]
+pub struct Service(pub Workflows);
+
+type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn failed(fault: Fault) -> Status {
+    errors::status(&fault)
+}
+
+fn bounded(field: &str, value: &str, most: usize) -> Result<(), Status> {
+    if value.len() > most {
+        return Err(failed(Fault::bad_field(
+            field,
+            format!("has {} bytes; {most} at most", value.len()),
+        )));
+    }
+    Ok(())
+}
+
+/// Page size within bounds.
+pub fn page(asked: u32, default: u32, most: u32) -> u32 {
+    if asked == 0 { default } else { asked.min(most) }
+}
+
+#[tonic::async_trait]
+impl WorkflowService for Service {
+    async fn plan_workflow(
+        &self,
+        request: Request<v1::PlanWorkflowRequest>,
+    ) -> Result<Response<v1::PlanWorkflowResponse>, Status> {
+        let asked = spec::request(request.into_inner().spec).map_err(failed)?;
+        let (plan, facts) = self.0.plan(&asked).await.map_err(failed)?;
+        Ok(Response::new(v1::PlanWorkflowResponse {
+            plan: Some(reply::plan(&plan, Some(&facts))),
+        }))
+    }
+
+    type RunWorkflowStream = Events<v1::RunWorkflowResponse>;
+
+    async fn run_workflow(
+        &self,
+        request: Request<v1::RunWorkflowRequest>,
+    ) -> Result<Response<Self::RunWorkflowStream>, Status> {
+        let by = caller::of(request.extensions());
+        let message = request.into_inner();
+        bounded("request_id", &message.request_id, ID_MOST)?;
+        bounded("plan_hash", &message.plan_hash, ID_MOST)?;
+        let timeout = message
+            .timeout
+            .map(Duration::try_from)
+            .transpose()
+            .map_err(|_| {
+                failed(Fault::bad_field("timeout", "is negative; a time above 0 is needed"))
+            })?;
+        let asked = spec::request(message.spec).map_err(failed)?;
+        let how = Submission {
+            request_id: message.request_id,
+            plan_hash: message.plan_hash,
+            timeout,
+        };
+        let id = self.0.submit(asked, how, by).await.map_err(failed)?;
+        let events = self.0.watch(&id, 1).await.map_err(failed)?;
+        let mut titles = reply::Titles::default();
+        let mut ended: Option<Status> = None;
+        let mut events = Box::pin(events);
+        // After the outcome of a run that failed, its error ends the stream.
+        let stream = tokio_stream::wrappers::ReceiverStream::new({
+            let (send, receive) = tokio::sync::mpsc::channel(16);
+            tokio::spawn(async move {
+                while let Some(event) = events.next().await {
+                    if let Event::Record(record) = &event
+                        && let Record::Closed {
+                            fault: Some(fault), ..
+                        } = &record.record
+                    {
+                        ended = Some(errors::status(fault));
+                    }
+                    let event = reply::event(&id, &event, &mut titles);
+                    let message = v1::RunWorkflowResponse { event: Some(event) };
+                    if send.send(Ok(message)).await.is_err() {
+                        return;
+                    }
+                }
+                if let Some(status) = ended {
+                    // The caller may be gone; the run is over all the same.
+                    let _ = send.send(Err(status)).await;
+                }
+            });
+            receive
+        });
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    type WatchWorkflowStream = Events<v1::WatchWorkflowResponse>;
+
+    async fn watch_workflow(
+        &self,
+        request: Request<v1::WatchWorkflowRequest>,
+    ) -> Result<Response<Self::WatchWorkflowStream>, Status> {
+        let message = request.into_inner();
+        let id = message.workflow_id;
+        let events = self.0.watch(&id, message.from_sequence).await.map_err(failed)?;
+        let mut titles = reply::Titles::default();
+        if message.from_sequence > 1 {
+            // The plan was sent before; its titles are needed all the same.
+            for record in self.0.journal().records(&id, 1).await.map_err(|error| failed(error.into()))? {
+                titles.learn(&record.record);
+            }
+        }
+        let stream = events.map(move |event| {
+            Ok(v1::WatchWorkflowResponse {
+                event: Some(reply::event(&id, &event, &mut titles)),
+            })
+        });
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn cancel_workflow(
+        &self,
+        request: Request<v1::CancelWorkflowRequest>,
+    ) -> Result<Response<v1::CancelWorkflowResponse>, Status> {
+        let by = caller::of(request.extensions());
+        let id = request.into_inner().workflow_id;
+        self.0.cancel(&id, &by).await.map_err(failed)?;
+        // The present step ends by itself or stops where it can; the answer
+        // waits for that, but not for ever.
+        let mut events = self.0.watch(&id, 1).await.map_err(failed)?;
+        let over = tokio::time::timeout(Duration::from_secs(20), async {
+            while events.next().await.is_some() {}
+        })
+        .await
+        .is_ok();
+        let run = self.0.run(&id).await.map_err(failed)?;
+        let note = match (over, run.status) {
+            (false, _) => "the present step cannot be stopped in the middle; the run stops after it",
+            (true, RunStatus::Succeeded) => "the last step was done before the run could be stopped",
+            (true, _) => "",
+        };
+        Ok(Response::new(v1::CancelWorkflowResponse {
+            workflow: Some(reply::workflow(&run, Vec::new())),
+            note: note.to_owned(),
+        }))
+    }
+
+    async fn confirm_workflow(
+        &self,
+        request: Request<v1::ConfirmWorkflowRequest>,
+    ) -> Result<Response<v1::ConfirmWorkflowResponse>, Status> {
+        let message = request.into_inner();
+        let asked = crate::planning::Request {
+            vm: message.vm_name,
+            action: Action::Confirm {
+                name: message.snapshot_name,
+            },
+            start_if_stopped: false,
+            pool: crate::planning::request::DEFAULT_POOL.to_owned(),
+        };
+        let (plan, _) = self.0.plan(&asked).await.map_err(failed)?;
+        Ok(Response::new(v1::ConfirmWorkflowResponse {
+            changed: plan.changes(),
+            warnings: plan.warnings.iter().map(reply::warning).collect(),
+        }))
+    }
+
+    async fn resolve_workflow(
+        &self,
+        request: Request<v1::ResolveWorkflowRequest>,
+    ) -> Result<Response<v1::ResolveWorkflowResponse>, Status> {
+        let by = caller::of(request.extensions());
+        let message = request.into_inner();
+        bounded("note", &message.note, NOTE_MOST)?;
+        if message.note.trim().is_empty() {
+            return Err(failed(Fault::bad_field(
+                "note",
+                "is empty; say what was done about the run",
+            )));
+        }
+        self.0
+            .resolve(&message.workflow_id, &message.note, &by)
+            .await
+            .map_err(failed)?;
+        let run = self.0.run(&message.workflow_id).await.map_err(failed)?;
+        Ok(Response::new(v1::ResolveWorkflowResponse {
+            workflow: Some(reply::workflow(&run, Vec::new())),
+        }))
+    }
+
+    async fn get_workflow(
+        &self,
+        request: Request<v1::GetWorkflowRequest>,
+    ) -> Result<Response<v1::GetWorkflowResponse>, Status> {
+        let id = request.into_inner().workflow_id;
+        let run = self.0.run(&id).await.map_err(failed)?;
+        let records = self
+            .0
+            .journal()
+            .records(&id, 1)
+            .await
+            .map_err(|error| failed(error.into()))?;
+        let warnings = records
+            .iter()
+            .flat_map(|record| match &record.record {
+                Record::Planned { plan } => plan.warnings.iter().map(reply::warning).collect(),
+                Record::Notice { notice } => vec![reply::warning(notice)],
+                _ => Vec::new(),
+            })
+            .collect();
+        Ok(Response::new(v1::GetWorkflowResponse {
+            workflow: Some(reply::workflow(&run, warnings)),
+        }))
+    }
+
+    async fn list_workflows(
+        &self,
+        request: Request<v1::ListWorkflowsRequest>,
+    ) -> Result<Response<v1::ListWorkflowsResponse>, Status> {
+        let message = request.into_inner();
+        let limit = page(message.page_size, PAGE, PAGE_MOST);
+        let statuses: Vec<RunStatus> = RunStatus::ALL
+            .into_iter()
+            .filter(|status| message.states.contains(&(reply::status(*status) as i32)))
+            .collect();
+        if message.states.len() > statuses.len() {
+            return Err(failed(Fault::bad_field(
+                "states",
+                "holds a value that is no state of a run",
+            )));
+        }
+        let actions: Vec<String> = message
+            .actions()
+            .map(|action| match action {
+                v1::Action::Unspecified => "",
+                v1::Action::Create => "create",
+                v1::Action::Revert => "revert",
+                v1::Action::Commit => "commit",
+                v1::Action::List => "list",
+                v1::Action::Cleanup => "cleanup",
+                v1::Action::Confirm => "confirm",
+            })
+            .map(str::to_owned)
+            .collect();
+        bounded("page_token", &message.page_token, ID_MOST)?;
+        let rows = self
+            .0
+            .runs(RunFilter {
+                vm: (!message.vm_name.is_empty()).then_some(message.vm_name),
+                statuses,
+                actions,
+                after: (!message.page_token.is_empty()).then_some(message.page_token),
+                limit: limit + 1,
+            })
+            .await
+            .map_err(failed)?;
+        let more = rows.len() > limit as usize;
+        let rows = &rows[..rows.len().min(limit as usize)];
+        Ok(Response::new(v1::ListWorkflowsResponse {
+            next_page_token: rows
+                .last()
+                .filter(|_| more)
+                .map(|run| run.id.clone())
+                .unwrap_or_default(),
+            workflows: rows
+                .iter()
+                .map(|run| reply::workflow(run, Vec::new()))
+                .collect(),
+        }))
+    }
+}
+
+/// A page of a list that is held whole: those after `token`, and the next one.
+///
+/// # Errors
+/// When the token is none of this list's.
+pub fn slice<T: Clone>(
+    all: &[T],
+    size: u32,
+    token: &str,
+) -> Result<(Vec<T>, String), Status> {
+    let from: usize = if token.is_empty() {
+        0
+    } else {
+        token.parse().map_err(|_| {
+            failed(Fault::new(
+                Reason::BadRequest,
+                "page_token: is not one that this agent gave out; begin again without it",
+            ))
+        })?
+    };
+    let to = from.saturating_add(size as usize).min(all.len());
+    let page = all.get(from..to).unwrap_or_default().to_vec();
+    let next = if to < all.len() { to.to_string() } else { String::new() };
+    Ok((page, next))
+}

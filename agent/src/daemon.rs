@@ -1,0 +1,179 @@
+//! The daemon's life: open everything, recover, serve, stop in bounded time.
+//!
+//! Invariants: nobody is served before interrupted runs are recovered; a stop
+//! ends within `limits.shutdown` seconds and a little more.
+
+use std::{path::Path, time::Duration};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+use vmsnap_hypervisor::{Hypervisor, Options};
+
+use crate::{
+    api::Endpoints,
+    config::{Config, LogFormat},
+    journal::Journal,
+    planning::actions::kind::version,
+    workflows::Workflows,
+};
+
+/// How long streams may take to end once all runs are over.
+const STREAMS: Duration = Duration::from_secs(5);
+
+fn runtime() -> Result<tokio::runtime::Runtime, String> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("no runtime: {error}"))
+}
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// A sentence that says what kept it from serving.
+pub fn serve(config: Config) -> Result<(), String> {
+    log_to_stderr(&config)?;
+    runtime()?.block_on(run(config))
+}
+
+/// Checks configuration, journal and libvirt; returns a report.
+///
+/// # Errors
+/// A sentence that says what would keep it from serving.
+pub fn check(config: Config) -> Result<String, String> {
+    runtime()?.block_on(async {
+        if let Some(folder) = config.journal.path.parent()
+            && !folder.is_dir()
+        {
+            return Err(format!(
+                "journal.path: the folder '{}' does not exist",
+                folder.display()
+            ));
+        }
+        if config.journal.path.exists() {
+            Journal::open(&config.journal.path).map_err(|error| error.to_string())?;
+        }
+        let hypervisor = connect(&config).await?;
+        let host = hypervisor.host().await.map_err(|error| {
+            format!("libvirt.uri '{}': {}", config.libvirt.uri, crate::faults::sentence(&error))
+        })?;
+        Ok(format!(
+            "configuration, journal and libvirt are fine: {} on {} with libvirt {} and {} {}",
+            host.uri,
+            host.hostname,
+            version(host.libvirt_version),
+            host.hypervisor,
+            version(host.hypervisor_version),
+        ))
+    })
+}
+
+async fn connect(config: &Config) -> Result<Hypervisor, String> {
+    let libvirt = &config.libvirt;
+    let options = Options {
+        read_deadline: Duration::from_secs(libvirt.read_timeout),
+        effect_deadline: Duration::from_secs(libvirt.effect_timeout),
+        release_deadline: Duration::from_secs(libvirt.release_timeout),
+        ..Options::for_uri(&libvirt.uri)
+    };
+    Hypervisor::connect(options)
+        .await
+        .map_err(|error| format!("libvirt.uri '{}': {}", libvirt.uri, crate::faults::sentence(&error)))
+}
+
+async fn run(config: Config) -> Result<(), String> {
+    let path = &config.journal.path;
+    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        std::fs::create_dir_all(folder)
+            .map_err(|error| format!("journal.path: '{}': {error}", folder.display()))?;
+    }
+    // The sockets first: they also tell whether another agent is alive, whose
+    // journal must not be recovered under its feet.
+    let endpoints = Endpoints::open(&config).await?;
+    let _owner = own(path)?;
+    let journal = Journal::open(path).map_err(|error| error.to_string())?;
+    let hypervisor = connect(&config).await?;
+    let host = hypervisor
+        .host()
+        .await
+        .map_err(|error| crate::faults::sentence(&error))?;
+    tracing::info!(
+        uri = %host.uri,
+        libvirt = %version(host.libvirt_version),
+        hypervisor = %host.hypervisor,
+        hypervisor_version = %version(host.hypervisor_version),
+        "connected"
+    );
+    let workflows = Workflows::new(hypervisor, journal, config);
+    let recovered = workflows.recover().await.map_err(|fault| fault.to_string())?;
+    if recovered > 0 {
+        tracing::warn!(runs = recovered, "interrupted runs were recovered");
+    }
+    let bound = endpoints.bound();
+    tracing::info!(
+        socket = bound.socket.as_deref().unwrap_or("none"),
+        tcp = %bound.tcp.map_or_else(|| "none".to_owned(), |tcp| tcp.to_string()),
+        "serving"
+    );
+
+    let (stop, stopped) = watch::channel(false);
+    let mut serving = tokio::spawn(endpoints.serve(workflows.clone(), stopped));
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
+    tokio::select! {
+        ended = &mut serving => {
+            return match ended {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(error)) => Err(format!("serving failed: {error}")),
+                Err(error) => Err(format!("serving failed: {error}")),
+            };
+        }
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    let left = workflows.shut_down().await;
+    if left > 0 {
+        tracing::error!(runs = left, "runs are still going on; they are recovered at the next start");
+    }
+    stop.send_replace(true);
+    if tokio::time::timeout(STREAMS, serving).await.is_err() {
+        tracing::info!("streams that were still open are cut");
+    }
+    Ok(())
+}
+
+/// Takes the lock that says whose journal this is.
+fn own(journal: &Path) -> Result<std::fs::File, String> {
+    let path = journal.with_extension("lock");
+    let file = std::fs::File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|error| format!("journal.path: '{}': {error}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(format!(
+            "journal.path: another agent has '{}' open; stop it first",
+            journal.display()
+        )),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(format!("journal.path: '{}': {error}", path.display()))
+        }
+    }
+}
+
+fn log_to_stderr(config: &Config) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&config.log.level)
+        .map_err(|error| format!("log.level '{}': {error}", config.log.level))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    let set = match config.log.format {
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    set.map_err(|error| format!("log: {error}"))
+}
