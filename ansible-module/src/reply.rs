@@ -14,7 +14,9 @@ use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
+
+use crate::failed;
 
 static ANSWERED: AtomicBool = AtomicBool::new(false);
 
@@ -35,18 +37,10 @@ pub fn answer(mut answer: Map<String, Value>) -> ExitCode {
     }
 }
 
-/// A failure that has nothing but a sentence and a reason.
-pub fn plain_failure(reason: &str, message: &str) -> Map<String, Value> {
-    let answer = json!({
-        "failed": true,
-        "changed": false,
-        "msg": message,
-        "error": { "reason": reason, "message": message },
-    });
-    match answer {
-        Value::Object(answer) => answer,
-        _ => Map::new(),
-    }
+/// Writes what is asked for by a person or a test rather than by Ansible.
+pub fn line(value: &Value) -> ExitCode {
+    write_once(value);
+    ExitCode::SUCCESS
 }
 
 /// Makes a panic an answer too, and an exit status of 1.
@@ -60,7 +54,9 @@ pub fn answer_panics() {
             "the module itself failed{}: {text}",
             place.as_deref().unwrap_or_default()
         );
-        answer(plain_failure("INTERNAL", &message));
+        let mut values = Map::new();
+        failed::add_plain(&mut values, "INTERNAL", &message);
+        answer(values);
         // The hook is the end in every profile, whether panics unwind or abort.
         std::process::exit(1);
     }));
@@ -99,6 +95,7 @@ fn ascii(json: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn whatever_a_text_holds_the_line_is_ascii_and_means_the_same() {
@@ -110,5 +107,35 @@ mod tests {
         );
         assert!(line.contains("\\ud83d\\ude00"), "{line}");
         assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
+    }
+
+    #[test]
+    fn a_panic_is_an_answer_and_an_exit_status_of_one_and_silent_otherwise() {
+        // The hook ends its process, so this test starts itself as another one.
+        const INNER: &str = "VMSNAP_TEST_PANIC";
+        if std::env::var_os(INNER).is_some() {
+            answer_panics();
+            panic!("wörld ended");
+        }
+        let name =
+            "reply::tests::a_panic_is_an_answer_and_an_exit_status_of_one_and_silent_otherwise";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture", "--test-threads=1"])
+            .env(INNER, "1")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(output.stderr, b"");
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        // Before it stands what the test harness says.
+        let line = stdout.lines().last().unwrap();
+        assert!(line.is_ascii(), "{line}");
+        let answer: Value = serde_json::from_str(&line[line.find('{').unwrap()..]).unwrap();
+        assert_eq!(
+            (&answer["failed"], &answer["changed"]),
+            (&json!(true), &json!(false))
+        );
+        assert_eq!(answer["error"]["reason"], "INTERNAL");
+        assert!(answer["msg"].as_str().unwrap().contains("wörld ended"));
     }
 }

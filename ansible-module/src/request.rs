@@ -6,8 +6,6 @@
 //! Invariants: an option that was not given leaves its field unset wherever
 //! the agent has the default, so that both cannot drift apart.
 
-use std::time::Duration;
-
 use vmsnap_client::json::Word;
 use vmsnap_proto::v1;
 
@@ -119,13 +117,7 @@ fn count(task: &Task, name: &str) -> Option<u32> {
 
 fn given_time(task: &Task, name: &str) -> Option<prost_types::Duration> {
     task.given(name)?;
-    task.duration(name).and_then(wire)
-}
-
-/// A length of time for the wire; `None` beyond what it can carry, which is
-/// longer than there have been days.
-pub fn wire(duration: Duration) -> Option<prost_types::Duration> {
-    prost_types::Duration::try_from(duration).ok()
+    task.duration(name).map(vmsnap_client::to_wire)
 }
 
 #[cfg(test)]

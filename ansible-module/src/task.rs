@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::argument::{Argument, Fallback, Kind};
+use crate::argument::{Argument, Fallback};
 use crate::coerce::{Setting, coerce, nearest};
 
 /// Ansible marks its own keys with this.
@@ -323,29 +323,30 @@ impl Task {
     }
 }
 
-/// Every default of a table can be read as its option's kind.
-pub fn defaults_hold(table: &[Argument]) -> Result<(), String> {
-    for argument in table {
-        let fits = match (argument.default, argument.kind) {
-            (Fallback::Absent, _)
-            | (Fallback::Flag(_), Kind::Flag)
-            | (Fallback::Number(_), Kind::Number)
-            | (Fallback::List(_), Kind::List) => true,
-            (Fallback::Text(text), _) => coerce(argument, &Value::from(text)).is_ok(),
-            _ => false,
-        };
-        if !fits {
-            return Err(argument.name.to_owned());
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::argument::Kind;
     use crate::tables::{ACTIONS, VM_SNAPSHOT, VM_SNAPSHOT_INFO};
     use serde_json::json;
+
+    /// Every default of a table can be read as its option's kind.
+    fn defaults_hold(table: &[Argument]) -> Result<(), String> {
+        for argument in table {
+            let fits = match (argument.default, argument.kind) {
+                (Fallback::Absent, _)
+                | (Fallback::Flag(_), Kind::Flag)
+                | (Fallback::Number(_), Kind::Number)
+                | (Fallback::List(_), Kind::List) => true,
+                (Fallback::Text(text), _) => coerce(argument, &Value::from(text)).is_ok(),
+                _ => false,
+            };
+            if !fits {
+                return Err(argument.name.to_owned());
+            }
+        }
+        Ok(())
+    }
 
     fn file(options: Value) -> ArgumentsFile {
         ArgumentsFile::of(options)
