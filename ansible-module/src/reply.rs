@@ -46,7 +46,10 @@ pub fn line(value: &Value) -> ExitCode {
 /// Makes a panic an answer too, and an exit status of 1.
 pub fn answer_panics() {
     std::panic::set_hook(Box::new(|panic| {
-        let text = panic.payload_as_str().unwrap_or("no more is known");
+        let payload = panic.payload();
+        let text = (payload.downcast_ref::<&str>().copied())
+            .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+            .unwrap_or("no more is known");
         let place = panic
             .location()
             .map(|at| format!(" at {}:{}", at.file(), at.line()));
