@@ -4,7 +4,11 @@
 //! details, and says in a run's outcome why that run failed. Both become one
 //! type here, so that a caller explains them in one place.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use tonic::{Code, Status};
@@ -18,6 +22,9 @@ const VALID_NAMES: &str = "valid_names";
 
 /// Metadata key of the valid name that is nearest to the one given.
 const NEAREST: &str = "nearest";
+
+/// What metadata keys of fixes that worked before begin with.
+const KNOWN_FIX: &str = "known_fix";
 
 /// Why a call or a run failed.
 ///
@@ -43,10 +50,10 @@ pub struct Failure {
     pub page: Option<String>,
 }
 
-/// A field of a request, or a condition, that was not as it must be.
+/// A field of a request that was not as it must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
-    /// The field's path in the request, or the subject of a precondition or quota.
+    /// The field's path in the request.
     pub subject: String,
     /// What is wrong with it.
     pub description: String,
@@ -143,12 +150,17 @@ impl std::error::Error for Failure {}
 
 impl From<&v1::Failure> for Failure {
     fn from(failure: &v1::Failure) -> Self {
+        let (metadata, fixes) = without_fixes(&failure.metadata);
         Failure {
             code: Code::from_i32(failure.code),
             reason: failure.reason.clone(),
             message: failure.message.clone(),
-            metadata: failure.metadata.clone().into_iter().collect(),
-            known_fixes: failure.known_fixes.clone(),
+            metadata,
+            known_fixes: if failure.known_fixes.is_empty() {
+                fixes
+            } else {
+                failure.known_fixes.clone()
+            },
             violations: Vec::new(),
             retry_after: None,
             page: None,
@@ -162,50 +174,50 @@ impl From<&Status> for Failure {
         let info = details
             .error_info()
             .filter(|info| info.domain == ERROR_DOMAIN);
-        let mut violations = Vec::new();
-        if let Some(bad) = details.bad_request() {
-            violations.extend(bad.field_violations.iter().map(|violation| Violation {
-                subject: violation.field.clone(),
-                description: violation.description.clone(),
-            }));
-        }
-        if let Some(failed) = details.precondition_failure() {
-            violations.extend(failed.violations.iter().map(|violation| Violation {
-                subject: violation.subject.clone(),
-                description: violation.description.clone(),
-            }));
-        }
-        if let Some(quota) = details.quota_failure() {
-            violations.extend(quota.violations.iter().map(|violation| Violation {
-                subject: violation.subject.clone(),
-                description: violation.description.clone(),
-            }));
-        }
-        // A link with an address is a page; one without is a fix that worked here.
-        let links = details
-            .help()
-            .map(|help| help.links.as_slice())
+        let reason = info.map(|info| info.reason.clone()).unwrap_or_default();
+        let (metadata, known_fixes) = info
+            .map(|info| without_fixes(&info.metadata))
             .unwrap_or_default();
+        let fields = details
+            .bad_request()
+            .map(|bad| bad.field_violations.as_slice())
+            .unwrap_or_default();
+        // A status has only its message for a caller that reads no details, so an agent puts the
+        // reason in front of it; here the reason has a place of its own.
+        let message = status.message();
+        let message = message
+            .strip_prefix(reason.as_str())
+            .and_then(|rest| rest.strip_prefix(": "))
+            .unwrap_or(message);
         Failure {
             code: status.code(),
-            reason: info.map(|info| info.reason.clone()).unwrap_or_default(),
-            message: status.message().to_owned(),
-            metadata: info
-                .map(|info| info.metadata.clone().into_iter().collect())
-                .unwrap_or_default(),
-            known_fixes: links
+            message: message.to_owned(),
+            reason,
+            metadata,
+            known_fixes,
+            violations: fields
                 .iter()
-                .filter(|link| link.url.is_empty())
-                .map(|link| link.description.clone())
+                .map(|violation| Violation {
+                    subject: violation.field.clone(),
+                    description: violation.description.clone(),
+                })
                 .collect(),
-            violations,
             retry_after: details.retry_info().and_then(|retry| retry.retry_delay),
-            page: links
-                .iter()
-                .find(|link| !link.url.is_empty())
+            page: details
+                .help()
+                .and_then(|help| help.links.first())
                 .map(|link| link.url.clone()),
         }
     }
+}
+
+/// Metadata, and the fixes that travel in it, in the order of their keys.
+fn without_fixes(metadata: &HashMap<String, String>) -> (BTreeMap<String, String>, Vec<String>) {
+    let (fixes, metadata): (BTreeMap<_, _>, BTreeMap<_, _>) = metadata
+        .clone()
+        .into_iter()
+        .partition(|(key, _)| key.starts_with(KNOWN_FIX));
+    (metadata, fixes.into_values().collect())
 }
 
 #[cfg(test)]
@@ -223,11 +235,15 @@ mod tests {
                 [
                     ("valid_names".to_owned(), "before, after".to_owned()),
                     ("nearest".to_owned(), "before".to_owned()),
+                    ("known_fix_1".to_owned(), "list first".to_owned()),
                 ],
             )
-            .add_help_link("what it means", "https://example.org/SNAPSHOT_NOT_FOUND")
-            .add_help_link("list first", "");
-        Status::with_error_details(Code::NotFound, "no snapshot \"befor\" of web1", details)
+            .add_help_link("what it means", "https://example.org/SNAPSHOT_NOT_FOUND");
+        Status::with_error_details(
+            Code::NotFound,
+            "SNAPSHOT_NOT_FOUND: no snapshot \"befor\" of web1",
+            details,
+        )
     }
 
     #[test]
