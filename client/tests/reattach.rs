@@ -1,167 +1,20 @@
 //! What the client does when the connection to an agent breaks, against a
 //! scripted agent behind a wire that can be cut.
 
+mod scripted;
 mod wire;
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use tokio::{net::UnixListener, sync::watch};
-use tokio_stream::{Stream, wrappers::UnixListenerStream};
-use tonic::{Request, Response, Status, transport::Server};
-use tonic_types::{ErrorDetails, StatusExt as _};
+use tokio::net::UnixListener;
 use vmsnap_client::{Client, ConnectOptions, Connection, Endpoint, Error, RunOptions};
-use vmsnap_proto::{
-    ERROR_DOMAIN,
-    v1::{
-        self,
-        workflow_event::Kind,
-        workflow_service_server::{WorkflowService, WorkflowServiceServer},
-    },
-};
+use vmsnap_proto::v1::{self, workflow_event::Kind};
 
+use scripted::{ID, Scripted, outcome, refusal, step};
 use wire::Wire;
-
-const ID: &str = "0199-run";
-
-/// One run whose events are let out by the test.
-#[derive(Clone)]
-struct Scripted {
-    events: Arc<Vec<v1::WorkflowEvent>>,
-    closing: Option<Status>,
-    refusal: Option<Status>,
-    released: watch::Sender<usize>,
-    runs: Arc<Mutex<Vec<v1::RunWorkflowRequest>>>,
-    watches: Arc<Mutex<Vec<v1::WatchWorkflowRequest>>>,
-}
-
-impl Scripted {
-    fn new(kinds: Vec<(u64, Kind)>) -> Self {
-        let events = kinds.into_iter().map(|(sequence, kind)| v1::WorkflowEvent {
-            workflow_id: ID.to_owned(),
-            sequence,
-            time: None,
-            kind: Some(kind),
-        });
-        Scripted {
-            events: Arc::new(events.collect()),
-            closing: None,
-            refusal: None,
-            released: watch::Sender::new(0),
-            runs: Arc::default(),
-            watches: Arc::default(),
-        }
-    }
-
-    fn release(&self, count: usize) {
-        self.released.send_replace(count);
-    }
-
-    fn stream<T: Send + 'static>(
-        &self,
-        from: u64,
-        closing: Option<Status>,
-        wrap: fn(v1::WorkflowEvent) -> T,
-    ) -> BoxStream<T> {
-        let (sender, receiver) = tokio::sync::mpsc::channel(8);
-        let events = Arc::clone(&self.events);
-        let mut released = self.released.subscribe();
-        tokio::spawn(async move {
-            for (at, event) in events
-                .iter()
-                .enumerate()
-                .filter(|(_, event)| event.sequence >= from)
-            {
-                if released.wait_for(|count| *count > at).await.is_err() {
-                    return;
-                }
-                if sender.send(Ok(wrap(event.clone()))).await.is_err() {
-                    return;
-                }
-            }
-            if let Some(status) = closing {
-                let _ = sender.send(Err(status)).await;
-            }
-        });
-        Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))
-    }
-}
-
-type BoxStream<T> = std::pin::Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-#[tonic::async_trait]
-impl WorkflowService for Scripted {
-    type RunWorkflowStream = BoxStream<v1::RunWorkflowResponse>;
-    type WatchWorkflowStream = BoxStream<v1::WatchWorkflowResponse>;
-
-    async fn run_workflow(
-        &self,
-        request: Request<v1::RunWorkflowRequest>,
-    ) -> Result<Response<Self::RunWorkflowStream>, Status> {
-        self.runs.lock().unwrap().push(request.into_inner());
-        if let Some(refusal) = &self.refusal {
-            return Err(refusal.clone());
-        }
-        let wrap = |event| v1::RunWorkflowResponse { event: Some(event) };
-        Ok(Response::new(self.stream(0, self.closing.clone(), wrap)))
-    }
-
-    async fn watch_workflow(
-        &self,
-        request: Request<v1::WatchWorkflowRequest>,
-    ) -> Result<Response<Self::WatchWorkflowStream>, Status> {
-        let request = request.into_inner();
-        let from = request.from_sequence;
-        self.watches.lock().unwrap().push(request);
-        let wrap = |event| v1::WatchWorkflowResponse { event: Some(event) };
-        Ok(Response::new(self.stream(from, None, wrap)))
-    }
-
-    async fn plan_workflow(
-        &self,
-        _: Request<v1::PlanWorkflowRequest>,
-    ) -> Result<Response<v1::PlanWorkflowResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn cancel_workflow(
-        &self,
-        _: Request<v1::CancelWorkflowRequest>,
-    ) -> Result<Response<v1::CancelWorkflowResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn confirm_workflow(
-        &self,
-        _: Request<v1::ConfirmWorkflowRequest>,
-    ) -> Result<Response<v1::ConfirmWorkflowResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn resolve_workflow(
-        &self,
-        _: Request<v1::ResolveWorkflowRequest>,
-    ) -> Result<Response<v1::ResolveWorkflowResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn get_workflow(
-        &self,
-        _: Request<v1::GetWorkflowRequest>,
-    ) -> Result<Response<v1::GetWorkflowResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-
-    async fn list_workflows(
-        &self,
-        _: Request<v1::ListWorkflowsRequest>,
-    ) -> Result<Response<v1::ListWorkflowsResponse>, Status> {
-        Err(Status::unimplemented(""))
-    }
-}
 
 /// The scripted agent, a wire to it, and a client at the wire's other end.
 struct Scene {
@@ -175,12 +28,7 @@ impl Scene {
     async fn new(agent: Scripted) -> Self {
         let folder = wire::Folder::new();
         let behind = folder.path("agent.sock");
-        let listener = UnixListener::bind(&behind).unwrap();
-        tokio::spawn(
-            Server::builder()
-                .add_service(WorkflowServiceServer::new(agent.clone()))
-                .serve_with_incoming(UnixListenerStream::new(listener)),
-        );
+        agent.serve(&behind);
         let wire = Wire::new(folder.path("wire.sock"), behind);
         let endpoint = Endpoint::Unix(folder.path("wire.sock"));
         let client = Client::connect(&endpoint, &ConnectOptions::default())
@@ -193,21 +41,6 @@ impl Scene {
             _folder: folder,
         }
     }
-}
-
-fn step(index: u32) -> Kind {
-    Kind::StepStarted(v1::EventStepStarted {
-        index,
-        ..Default::default()
-    })
-}
-
-fn outcome(state: v1::WorkflowState, failure: Option<v1::Failure>) -> Kind {
-    Kind::Outcome(v1::EventOutcome {
-        state: state.into(),
-        result: None,
-        failure,
-    })
 }
 
 fn five_events() -> Scripted {
@@ -225,14 +58,6 @@ fn spec() -> v1::WorkflowSpec {
         vm_name: "web1".to_owned(),
         ..Default::default()
     }
-}
-
-fn refusal() -> Status {
-    let mut details = ErrorDetails::new();
-    details
-        .set_error_info("SNAPSHOT_NOT_FOUND", ERROR_DOMAIN, HashMap::new())
-        .add_help_link("what it means", "docs/errors/SNAPSHOT_NOT_FOUND.md");
-    Status::with_error_details(tonic::Code::NotFound, "no such snapshot", details)
 }
 
 #[tokio::test]
