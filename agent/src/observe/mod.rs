@@ -1,0 +1,491 @@
+//! The hypervisor as facts: one reading of a VM and what surrounds it.
+//!
+//! Invariants: reads only; sizes are bytes; what could not be read is absent or
+//! says why, and is never guessed.
+
+mod folders;
+mod snapshots;
+mod users;
+mod vm;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::fs::{MetadataExt as _, chown},
+};
+
+use jiff::Timestamp;
+use vmsnap_hypervisor::{Hypervisor, LinkStatus, Xml};
+
+use crate::{
+    config::Config,
+    journal::Journal,
+    planning::{
+        Fault, Reason, Request,
+        facts::{
+            Facts, FileUser, Folder, Host, Orphan, Pool, Snapshot, Storage, Vm, VmState, Volume,
+            folder_of,
+        },
+        names,
+        request::{Action, IfExists, Orphans},
+    },
+};
+
+/// Reads facts. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Observer {
+    hypervisor: Hypervisor,
+    journal: Journal,
+    max_chain: u32,
+    storage_exclusive: bool,
+}
+
+/// A VM in a list.
+#[derive(Debug, Clone)]
+pub struct VmLine {
+    /// Name.
+    pub name: String,
+    /// UUID.
+    pub uuid: String,
+    /// State.
+    pub state: VmState,
+    /// libvirt's reason for it.
+    pub reason: String,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Number of snapshots.
+    pub snapshots: u32,
+    /// The run that is changing it.
+    pub busy_with: Option<String>,
+}
+
+/// Host facts that are only shown.
+#[derive(Debug, Clone)]
+pub struct HostLine {
+    /// Host name.
+    pub hostname: String,
+    /// Hypervisor type.
+    pub hypervisor: String,
+    /// libvirt's URI.
+    pub uri: String,
+}
+
+/// Reads one folder.
+#[must_use]
+pub fn folder(path: &str) -> Option<Folder> {
+    folders::read(path, None)
+}
+
+impl Observer {
+    /// Over a hypervisor and a journal.
+    #[must_use]
+    pub fn new(hypervisor: Hypervisor, journal: Journal, config: &Config) -> Self {
+        Self {
+            hypervisor,
+            journal,
+            max_chain: config.limits.max_chain,
+            storage_exclusive: config.storage.exclusive,
+        }
+    }
+
+    /// Whether libvirt answers, and a way to wait for that to change.
+    #[must_use]
+    pub fn link(&self) -> tokio::sync::watch::Receiver<LinkStatus> {
+        self.hypervisor.status()
+    }
+
+    /// Whether libvirt answers.
+    #[must_use]
+    pub fn is_reachable(&self) -> bool {
+        matches!(*self.hypervisor.status().borrow(), LinkStatus::Up)
+    }
+
+    /// The hypervisor.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn host(&self) -> Result<(HostLine, Host), Fault> {
+        let info = self.hypervisor.host().await?;
+        let host = Host {
+            libvirt: info.libvirt_version,
+            qemu: info.hypervisor_version,
+            max_chain: self.max_chain,
+            storage_exclusive: self.storage_exclusive,
+        };
+        let line = HostLine {
+            hostname: info.hostname,
+            hypervisor: info.hypervisor,
+            uri: info.uri,
+        };
+        Ok((line, host))
+    }
+
+    /// All VMs, by name.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn vms(&self) -> Result<Vec<VmLine>, Fault> {
+        let mut all: Vec<VmLine> = self
+            .hypervisor
+            .list_domains()
+            .await?
+            .into_iter()
+            .map(|domain| VmLine {
+                state: vm::state(domain.state),
+                reason: domain.reason.to_string(),
+                vcpus: domain.vcpus,
+                memory: domain.memory_kib * 1024,
+                snapshots: domain.snapshot_count,
+                name: domain.name,
+                uuid: domain.uuid,
+                busy_with: None,
+            })
+            .collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    /// All that a plan for this request may depend on.
+    ///
+    /// # Errors
+    /// When there is no such VM, or libvirt or the journal does not answer.
+    pub async fn facts(&self, request: &Request) -> Result<Facts, Fault> {
+        let (_, host) = self.host().await?;
+        let vm = match self.vm(&request.vm).await {
+            Err(fault) if fault.reason == Reason::VmNotFound => {
+                return Err(self.no_such_vm(&request.vm).await);
+            }
+            other => other?,
+        };
+        let now = Timestamp::now();
+        let snapshots = self.snapshots(&vm).await?;
+        let storage = self.storage(&request.pool).await?;
+        let users = if needs_users(&request.action) {
+            Some(self.users().await?)
+        } else {
+            None
+        };
+        let folders = self.folders(&vm, &snapshots, &storage).await;
+        let mut facts = Facts {
+            now,
+            host,
+            vm,
+            snapshots,
+            storage,
+            folders,
+            users,
+        };
+        if let Action::Cleanup(cleanup) = &request.action
+            && cleanup.orphans != Orphans::Ignore
+        {
+            facts.storage.orphans = Some(self.orphans(&facts).await?);
+        }
+        Ok(facts)
+    }
+
+    async fn no_such_vm(&self, name: &str) -> Fault {
+        let names: Vec<String> = match self.vms().await {
+            Ok(all) => all.into_iter().map(|vm| vm.name).collect(),
+            Err(fault) => return fault,
+        };
+        let mut message = format!("there is no VM '{}' on this host", name.escape_debug());
+        let nearest = names::nearest(name, names.iter().map(String::as_str));
+        if let Some(nearest) = nearest {
+            message.push_str(&format!("; did you mean '{nearest}'?"));
+        } else if names.is_empty() {
+            message.push_str("; it has none at all");
+        }
+        let fault = Fault::new(Reason::VmNotFound, message).with("vm", name);
+        match nearest {
+            Some(nearest) => fault.with("nearest", nearest),
+            None => fault,
+        }
+    }
+
+    /// Pool and volumes, read anew: libvirt does not see overlays before.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn storage(&self, pool: &str) -> Result<Storage, Fault> {
+        let Some(found) = self.hypervisor.pool(pool).await? else {
+            return Ok(Storage::default());
+        };
+        if found.active
+            && let Err(error) = self.hypervisor.pool_refresh(pool).await
+        {
+            tracing::warn!(pool, error = %crate::faults::sentence(&error), "the pool could not be refreshed");
+        }
+        // Its figures changed with the refresh.
+        let found = self.hypervisor.pool(pool).await?.unwrap_or(found);
+        let volumes = if found.active {
+            self.hypervisor.volumes(pool).await?
+        } else {
+            Vec::new()
+        };
+        let mut volumes: Vec<Volume> = volumes
+            .into_iter()
+            .map(|volume| Volume {
+                name: volume.name,
+                path: volume.path,
+                format: volume.format.unwrap_or_default(),
+                capacity: volume.capacity,
+                allocation: volume.allocation,
+                backing: volume.backing_path,
+            })
+            .collect();
+        volumes.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Storage {
+            pool: Some(Pool {
+                name: found.name,
+                active: found.active,
+                kind: found.kind,
+                path: found.path.unwrap_or_default(),
+                capacity: found.capacity,
+                allocation: found.allocation,
+                available: found.available,
+            }),
+            volumes,
+            orphans: None,
+        })
+    }
+
+    /// A pool's volumes and who uses each.
+    ///
+    /// # Errors
+    /// When there is no such pool, or libvirt does not answer.
+    pub async fn volumes(
+        &self,
+        pool: &str,
+    ) -> Result<(Storage, BTreeMap<String, Vec<String>>), Fault> {
+        let storage = self.storage(pool).await?;
+        if storage.pool.is_none() {
+            return Err(Fault::new(
+                Reason::PoolNotFound,
+                format!("this host has no storage pool '{}'", pool.escape_debug()),
+            )
+            .with("pool", pool));
+        }
+        let users = self
+            .users()
+            .await?
+            .into_iter()
+            .map(|(path, users)| {
+                let names: BTreeSet<String> = users.into_iter().map(|user| user.vm).collect();
+                (path, names.into_iter().collect())
+            })
+            .collect();
+        Ok((storage, users))
+    }
+
+    async fn folders(
+        &self,
+        vm: &Vm,
+        snapshots: &[Snapshot],
+        storage: &Storage,
+    ) -> BTreeMap<String, Folder> {
+        let mut paths: BTreeSet<String> = BTreeSet::new();
+        let mut add = |path: &str| {
+            if path.starts_with('/') {
+                paths.insert(folder_of(path).to_owned());
+            }
+        };
+        for disk in &vm.disks {
+            add(&disk.path);
+            disk.chain.iter().for_each(|image| add(&image.path));
+        }
+        if let Some(nvram) = &vm.firmware.nvram {
+            add(nvram);
+        }
+        for snapshot in snapshots {
+            snapshot.media.iter().for_each(|(_, path)| add(path));
+            for disk in &snapshot.disks {
+                disk.data.iter().for_each(|path| add(path));
+            }
+        }
+        for volume in &storage.volumes {
+            add(&volume.path);
+        }
+        let pools: Vec<(String, String)> = self
+            .hypervisor
+            .pools()
+            .await
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|pool| pool.active)
+            .filter_map(|pool| Some((pool.path?, pool.name)))
+            .collect();
+        let read = tokio::task::spawn_blocking(move || {
+            paths
+                .into_iter()
+                .filter_map(|path| {
+                    let pool = pools
+                        .iter()
+                        .find(|(folder, _)| *folder == path)
+                        .map(|(_, name)| name.clone());
+                    let folder = folders::read(&path, pool)?;
+                    Some((path, folder))
+                })
+                .collect()
+        });
+        read.await.unwrap_or_default()
+    }
+
+    /// Files beside the VM's own that nobody refers to: those that the journal
+    /// says this agent made, and images that stand on one of the VM's.
+    async fn orphans(&self, facts: &Facts) -> Result<Vec<Orphan>, Fault> {
+        let noted: BTreeSet<String> = self.journal.noted_files().await?.into_iter().collect();
+        let Some(users) = &facts.users else {
+            return Ok(Vec::new());
+        };
+        let own: BTreeSet<&str> = facts
+            .vm
+            .disks
+            .iter()
+            .flat_map(|disk| disk.chain.iter().map(|image| image.path.as_str()))
+            .collect();
+        let mut orphans = Vec::new();
+        for (path, folder) in &facts.folders {
+            for name in &folder.names {
+                let file = format!("{path}/{name}");
+                if users.contains_key(&file) {
+                    continue;
+                }
+                let ours = noted.contains(&file);
+                let Ok(metadata) = tokio::fs::symlink_metadata(&file).await else {
+                    continue;
+                };
+                if !metadata.is_file() {
+                    continue;
+                }
+                let stands_on_ours = || async {
+                    vmsnap_hypervisor::image::info(std::path::Path::new(&file))
+                        .await
+                        .ok()
+                        .and_then(|image| image.backing_path)
+                        .is_some_and(|backing| own.contains(backing.as_str()))
+                };
+                if ours || stands_on_ours().await {
+                    orphans.push(Orphan {
+                        size: metadata.blocks() * 512,
+                        path: file,
+                        ours,
+                    });
+                }
+            }
+        }
+        Ok(orphans)
+    }
+
+    /// Paths of the VM's active images.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn disk_paths(&self, vm: &str) -> Result<Vec<String>, Fault> {
+        let definition = self.hypervisor.definition(vm, Xml::Inactive).await?;
+        Ok(definition
+            .disks
+            .into_iter()
+            .filter_map(|disk| disk.path)
+            .collect())
+    }
+
+    /// Path of one disk's active image.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn disk_path(&self, vm: &str, target: &str) -> Result<Option<String>, Fault> {
+        let definition = self.hypervisor.definition(vm, Xml::Inactive).await?;
+        Ok(definition
+            .disks
+            .into_iter()
+            .find(|disk| disk.target == target)
+            .and_then(|disk| disk.path))
+    }
+
+    /// Disks with files in a definition's XML: target and path.
+    ///
+    /// # Errors
+    /// When it cannot be understood.
+    pub fn disks_of_xml(&self, xml: &str) -> Result<Vec<(String, String)>, Fault> {
+        let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
+        Ok(definition
+            .disks
+            .into_iter()
+            .filter(|disk| disk.source == vmsnap_hypervisor::DiskSource::File)
+            .filter_map(|disk| Some((disk.target, disk.path?)))
+            .collect())
+    }
+
+    /// The file that holds a snapshot's data of one disk.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn snapshot_data(
+        &self,
+        vm: &str,
+        snapshot: &str,
+        target: &str,
+    ) -> Result<Option<String>, Fault> {
+        let found = self
+            .hypervisor
+            .snapshots(vm)
+            .await?
+            .into_iter()
+            .find(|found| found.name == snapshot);
+        Ok(found
+            .and_then(|found| found.definition)
+            .and_then(|definition| {
+                definition
+                    .disks
+                    .into_iter()
+                    .find(|disk| disk.target == target)
+            })
+            .and_then(|disk| disk.path))
+    }
+
+    /// Every file that a VM refers to now.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn files_of(&self, vm: &str) -> Result<BTreeSet<String>, Fault> {
+        let domain = self.hypervisor.domain(vm).await?;
+        let mut users: BTreeMap<String, Vec<FileUser>> = BTreeMap::new();
+        self.users_of(&domain, &mut users).await?;
+        Ok(users.into_keys().collect())
+    }
+
+    /// Gives a new file the owner and permissions of the one that it replaces.
+    ///
+    /// # Errors
+    /// When that is not allowed.
+    pub fn same_owner(&self, like: &str, file: &str) -> Result<(), Fault> {
+        let set = || -> std::io::Result<()> {
+            let model = std::fs::metadata(like)?;
+            let present = std::fs::metadata(file)?;
+            if (present.uid(), present.gid()) != (model.uid(), model.gid()) {
+                chown(file, Some(model.uid()), Some(model.gid()))?;
+            }
+            std::fs::set_permissions(file, model.permissions())
+        };
+        set().map_err(|error| {
+            Fault::new(
+                Reason::StorageNotWritable,
+                format!("'{file}' cannot be given the owner of '{like}': {error}"),
+            )
+            .with("path", file)
+        })
+    }
+}
+
+/// Whether a plan of this action may write or delete files that others use.
+fn needs_users(action: &Action) -> bool {
+    match action {
+        Action::Commit(commit) => {
+            commit.all || !commit.name.is_empty() || commit.resize_to.is_some()
+        }
+        Action::Cleanup(_) => true,
+        Action::Create(create) => create.if_exists == IfExists::Replace,
+        Action::Revert(_) | Action::List(_) | Action::Confirm { .. } => false,
+    }
+}

@@ -1,0 +1,279 @@
+//! A VM's snapshots as facts: libvirt's list, held against files and journal.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use vmsnap_hypervisor::{SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, image};
+
+use super::Observer;
+use crate::planning::{
+    Fault,
+    facts::{
+        Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState,
+    },
+    health,
+};
+
+impl Observer {
+    /// Snapshots of all VMs, or of one: by VM, parents before children.
+    ///
+    /// # Errors
+    /// When libvirt or the journal does not answer.
+    pub async fn all_snapshots(
+        &self,
+        only: Option<&str>,
+    ) -> Result<Vec<(String, Vec<Snapshot>)>, Fault> {
+        let names: Vec<String> = match only {
+            Some(name) => vec![name.to_owned()],
+            None => self
+                .vms()
+                .await?
+                .into_iter()
+                .filter(|vm| vm.snapshots > 0)
+                .map(|vm| vm.name)
+                .collect(),
+        };
+        let mut all = Vec::with_capacity(names.len());
+        for name in names {
+            let vm = match self.vm(&name).await {
+                Ok(vm) => vm,
+                // Gone since it was listed.
+                Err(fault)
+                    if only.is_none() && fault.reason == crate::planning::Reason::VmNotFound =>
+                {
+                    continue;
+                }
+                Err(fault) => return Err(fault),
+            };
+            let snapshots = self.snapshots(&vm).await?;
+            all.push((name, snapshots));
+        }
+        Ok(all)
+    }
+
+    /// Snapshots of a VM, parents before children.
+    ///
+    /// # Errors
+    /// When libvirt or the journal does not answer.
+    pub async fn snapshots(&self, vm: &Vm) -> Result<Vec<Snapshot>, Fault> {
+        let listed = self.hypervisor.snapshots(&vm.name).await?;
+        if listed.is_empty() {
+            return Ok(Vec::new());
+        }
+        let records: BTreeMap<String, SnapshotRecord> = self
+            .journal
+            .snapshot_records(&vm.uuid)
+            .await?
+            .into_iter()
+            .collect();
+        let files = self.look(vm, &listed).await;
+        let mut all: Vec<Snapshot> = listed
+            .iter()
+            .map(|info| fact(info, records.get(&info.name)))
+            .collect();
+        sort(&mut all);
+        let known = health::Files {
+            images: files
+                .images
+                .iter()
+                .map(|(path, names)| (path.as_str(), names.as_slice()))
+                .collect(),
+            missing: files.missing.iter().map(String::as_str).collect(),
+            deleting: listed
+                .iter()
+                .flat_map(|info| {
+                    info.disks
+                        .iter()
+                        .filter(|disk| disk.delete_in_progress)
+                        .map(|disk| (info.name.as_str(), disk.target.as_str()))
+                })
+                .collect(),
+        };
+        let healths: Vec<Health> = all
+            .iter()
+            .map(|snapshot| health::of(snapshot, &all, &vm.disks, &known))
+            .collect();
+        for (snapshot, health) in all.iter_mut().zip(healths) {
+            snapshot.health = health;
+            snapshot.size = files.size_of(snapshot);
+        }
+        Ok(all)
+    }
+
+    /// Looks at the files that the snapshots need.
+    async fn look(&self, vm: &Vm, listed: &[SnapshotInfo]) -> Looked {
+        let mut looked = Looked::default();
+        for image in vm.disks.iter().flat_map(|disk| &disk.chain) {
+            looked.images.insert(image.path.clone(), image.internal.clone());
+            looked.sizes.insert(image.path.clone(), image.actual_size);
+        }
+        let mut paths: BTreeSet<String> = BTreeSet::new();
+        for info in listed {
+            for disk in info.disks.iter().chain(&info.revert_disks) {
+                paths.extend(disk.file.clone());
+            }
+            if let Some(definition) = &info.definition {
+                paths.extend(definition.disks.iter().filter_map(|disk| disk.path.clone()));
+            }
+            if let SnapshotMemoryInfo::External { file } = &info.memory {
+                paths.insert(file.clone());
+            }
+        }
+        for path in paths {
+            if looked.images.contains_key(&path) || !path.starts_with('/') {
+                continue;
+            }
+            match tokio::fs::metadata(&path).await {
+                Err(_) => {
+                    looked.missing.insert(path);
+                }
+                Ok(metadata) => {
+                    use std::os::unix::fs::MetadataExt as _;
+                    looked.sizes.insert(path.clone(), metadata.blocks() * 512);
+                    let internal = listed.iter().any(|info| {
+                        info.disks.iter().any(|disk| disk.mode == SnapshotMode::Internal)
+                    });
+                    if internal && let Ok(image) = image::info(path.as_ref()).await {
+                        let names = image.snapshots.into_iter().map(|one| one.name).collect();
+                        looked.images.insert(path, names);
+                    }
+                }
+            }
+        }
+        looked
+    }
+}
+
+/// What was found out about files.
+#[derive(Debug, Default)]
+struct Looked {
+    images: BTreeMap<String, Vec<String>>,
+    sizes: BTreeMap<String, u64>,
+    missing: BTreeSet<String>,
+}
+
+impl Looked {
+    fn size_of(&self, snapshot: &Snapshot) -> u64 {
+        let memory = match &snapshot.memory {
+            Memory::External(file) => Some(file),
+            _ => None,
+        };
+        snapshot
+            .disks
+            .iter()
+            .filter_map(|disk| disk.overlay.as_ref())
+            .chain(memory)
+            .filter_map(|path| self.sizes.get(path))
+            .sum()
+    }
+}
+
+fn mode_kind(mode: SnapshotMode) -> Option<Kind> {
+    match mode {
+        SnapshotMode::Internal => Some(Kind::Internal),
+        SnapshotMode::External => Some(Kind::External),
+        SnapshotMode::No => None,
+    }
+}
+
+fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
+    let data = |target: &str| {
+        info.definition
+            .as_ref()
+            .and_then(|definition| definition.disks.iter().find(|disk| disk.target == target))
+            .and_then(|disk| disk.path.clone())
+    };
+    let disks: Vec<SnapshotDisk> = info
+        .disks
+        .iter()
+        .map(|disk: &SnapshotDiskInfo| SnapshotDisk {
+            kind: mode_kind(disk.mode),
+            overlay: match disk.mode {
+                SnapshotMode::External => disk.file.clone(),
+                _ => None,
+            },
+            data: data(&disk.target),
+            target: disk.target.clone(),
+        })
+        .collect();
+    let internal = disks.iter().any(|disk| disk.kind == Some(Kind::Internal))
+        || info.memory == SnapshotMemoryInfo::Internal;
+    let external = disks.iter().any(|disk| disk.kind == Some(Kind::External))
+        || matches!(info.memory, SnapshotMemoryInfo::External { .. });
+    let definition = info.definition.as_ref();
+    Snapshot {
+        name: info.name.clone(),
+        parent: info.parent.clone(),
+        description: info.description.clone().unwrap_or_default(),
+        created: Timestamp::from_second(info.creation_time).unwrap_or(Timestamp::UNIX_EPOCH),
+        state: match info.state.as_str() {
+            "running" => VmState::Running,
+            "paused" => VmState::Paused,
+            "shutoff" => VmState::Stopped,
+            // Without memory libvirt writes `disk-snapshot`; the record knows
+            // whether the VM was off.
+            _ if record
+                .is_some_and(|it| it.consistency == crate::planning::facts::Consistency::Stopped) =>
+            {
+                VmState::Stopped
+            }
+            _ => VmState::Running,
+        },
+        kind: match (internal, external) {
+            (true, true) => Kind::Mixed,
+            (true, false) => Kind::Internal,
+            _ => Kind::External,
+        },
+        memory: match &info.memory {
+            SnapshotMemoryInfo::None => Memory::None,
+            SnapshotMemoryInfo::Internal => Memory::Internal,
+            SnapshotMemoryInfo::External { file } => Memory::External(file.clone()),
+        },
+        disks,
+        revert_overlays: info
+            .revert_disks
+            .iter()
+            .filter_map(|disk| Some((disk.target.clone(), disk.file.clone()?)))
+            .collect(),
+        current: info.is_current,
+        health: Health::Whole,
+        size: 0,
+        record: record
+            .filter(|record| record.created == info.creation_time)
+            .cloned(),
+        machine: definition
+            .and_then(|definition| definition.machine.clone())
+            .unwrap_or_default(),
+        vm_memory: definition
+            .and_then(|definition| definition.memory_kib)
+            .map_or(0, |kib| kib.saturating_mul(1024)),
+        vm_vcpus: definition.and_then(|definition| definition.vcpus).unwrap_or(0),
+        media: definition
+            .into_iter()
+            .flat_map(|definition| &definition.disks)
+            .filter(|disk| matches!(&*disk.device, "cdrom" | "floppy"))
+            .filter_map(|disk| Some((disk.target.clone(), disk.path.clone()?)))
+            .collect(),
+        guard: None,
+    }
+}
+
+/// Parents before children, older before newer; what hangs on a missing or
+/// circular parent comes last.
+fn sort(all: &mut Vec<Snapshot>) {
+    all.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
+    let mut rest: Vec<Snapshot> = std::mem::take(all);
+    while !rest.is_empty() {
+        let (ready, later): (Vec<_>, Vec<_>) = rest.into_iter().partition(|one| {
+            one.parent
+                .as_ref()
+                .is_none_or(|parent| all.iter().any(|before| before.name == *parent))
+        });
+        if ready.is_empty() {
+            all.extend(later);
+            return;
+        }
+        all.extend(ready);
+        rest = later;
+    }
+}

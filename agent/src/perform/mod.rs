@@ -1,0 +1,216 @@
+//! What a step means on the hypervisor: the only place that knows both.
+//!
+//! Invariants: every undo accepts that its step never happened and that it was
+//! undone before; a guest that was found running is left running, one that was
+//! found paused stays paused; nothing is deleted before it was looked at again.
+
+mod conclude;
+mod create;
+mod delete;
+mod guest;
+mod hold;
+mod revert;
+mod storage;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use vmsnap_engine::{Cancel, Hold, Perform};
+use vmsnap_hypervisor::Hypervisor;
+
+use crate::{
+    flow::Snapshots,
+    journal::Journal,
+    observe::Observer,
+    planning::{Done, Facts, Fault, Outcome, Plan, Reason, Step, Warning},
+    workflows::{Live, Progress},
+};
+
+/// Does and undoes the steps of one run.
+#[derive(Debug)]
+pub struct Performer {
+    hypervisor: Hypervisor,
+    journal: Journal,
+    observer: Observer,
+    live: Arc<Live>,
+    plan: Plan,
+    /// As read before the run; `None` in recovery.
+    facts: Option<Facts>,
+    notices: Mutex<Vec<Warning>>,
+    held_since: Mutex<HashMap<Hold, Instant>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Performer {
+    /// For one run.
+    #[must_use]
+    pub fn new(
+        hypervisor: Hypervisor,
+        journal: Journal,
+        observer: Observer,
+        live: Arc<Live>,
+        plan: Plan,
+        facts: Option<Facts>,
+    ) -> Self {
+        Self {
+            hypervisor,
+            journal,
+            observer,
+            live,
+            plan,
+            facts,
+            notices: Mutex::default(),
+            held_since: Mutex::default(),
+        }
+    }
+
+    fn vm(&self) -> &str {
+        &self.plan.request.vm
+    }
+
+    fn notice(&self, code: &str, message: impl Into<String>, advice: impl Into<String>) {
+        lock(&self.notices).push(Warning::new(code, message, advice));
+    }
+
+    fn progress(&self, index: usize, disk: &str, done: u64, total: u64) {
+        self.live.report(Progress {
+            index,
+            done,
+            total,
+            disk: disk.to_owned(),
+        });
+    }
+}
+
+fn plain(note: impl Into<String>) -> Done {
+    Done::Plain { note: note.into() }
+}
+
+impl Perform<Snapshots> for Performer {
+    async fn perform(
+        &self,
+        index: usize,
+        step: &Step,
+        done: &[Option<Done>],
+        cancel: &Cancel,
+    ) -> Result<Done, Fault> {
+        tracing::debug!(run = %self.live.id, vm = %self.vm(), step = step.title(), "step begins");
+        match step {
+            Step::DropManagedSave => {
+                self.hypervisor.managed_save_remove(self.vm()).await?;
+                Ok(plain("the saved memory is gone"))
+            }
+            Step::Start { paused } => self.start(*paused).await,
+            Step::Stop => {
+                self.hypervisor.destroy(self.vm()).await?;
+                Ok(plain(""))
+            }
+            Step::WaitFor {
+                what,
+                timeout_ms,
+                required,
+            } => self.wait_for(*what, *timeout_ms, *required, cancel).await,
+            Step::Freeze {
+                timeout_ms,
+                fall_back,
+            } => self.freeze(*timeout_ms, *fall_back).await,
+            Step::Thaw => self.thaw().await,
+            Step::Suspend { unless_frozen } => self.suspend(*unless_frozen, done).await,
+            Step::Resume => self.resume(done).await,
+            Step::CopyNvram { from, to } => self.copy_nvram(from, to).await,
+            Step::CreateSnapshot(new) => self.create(index, new, cancel).await,
+            Step::RecordSnapshot(record) => self.record(record, done).await,
+            Step::KeepDefinition => self.keep_definition().await,
+            Step::Revert {
+                name,
+                running,
+                paused,
+                force,
+                ..
+            } => self.revert(name, *running, *paused, *force).await,
+            Step::RestoreNvram { from, to } => self.restore_nvram(from, to).await,
+            Step::SyncClock => self.sync_clock().await,
+            Step::DeleteSnapshot {
+                name,
+                metadata_only,
+                disks,
+                bandwidth,
+                files,
+                ..
+            } => {
+                self.delete(index, name, *metadata_only, disks, *bandwidth, files)
+                    .await
+            }
+            Step::MergeActive {
+                disk,
+                top,
+                base,
+                bandwidth,
+            } => self.merge_active(index, disk, top, base, *bandwidth, cancel).await,
+            Step::Resize {
+                disk,
+                bytes,
+                shrink,
+                online,
+            } => self.resize(disk, *bytes, *shrink, *online).await,
+            Step::DeleteVolume {
+                pool, name, path, ..
+            } => self.delete_volume(pool, name, path).await,
+            Step::DeleteFile { path, .. } => self.delete_file(path).await,
+        }
+    }
+
+    async fn undo(
+        &self,
+        index: usize,
+        step: &Step,
+        done: &[Option<Done>],
+    ) -> Result<String, Fault> {
+        tracing::info!(run = %self.live.id, vm = %self.vm(), step = step.title(), "undoing");
+        match step {
+            Step::Freeze { .. } => self.ensure_thawed().await,
+            Step::Suspend { .. } => self.undo_suspend(index, done).await,
+            Step::CopyNvram { to, .. } => self.remove_unused(std::slice::from_ref(to)).await,
+            Step::CreateSnapshot(new) => self.undo_create(new).await,
+            Step::RecordSnapshot(record) => {
+                self.journal
+                    .forget_snapshot(&self.plan.vm_uuid, &record.name)
+                    .await?;
+                Ok("the record is forgotten".into())
+            }
+            Step::Revert {
+                name, definition, ..
+            } => self.undo_revert(name, *definition, done).await,
+            Step::DeleteSnapshot { boots_helper, .. } => self.undo_delete(*boots_helper).await,
+            Step::MergeActive { disk, .. } => self.undo_merge(disk).await,
+            _ => Ok("nothing to undo".into()),
+        }
+    }
+
+    async fn conclude(
+        &self,
+        plan: &Plan,
+        done: &[Option<Done>],
+    ) -> (Option<Outcome>, Option<Fault>) {
+        self.outcome(plan, done).await
+    }
+
+    fn notices(&self) -> Vec<Warning> {
+        std::mem::take(&mut lock(&self.notices))
+    }
+
+    fn cancelled(&self, index: usize) -> Fault {
+        self.live.stopped_because().unwrap_or_else(|| {
+            Fault::new(
+                Reason::Cancelled,
+                format!("the run was cancelled before step {}", index + 1),
+            )
+        })
+    }
+}
