@@ -241,7 +241,10 @@ impl Config {
             })
         };
         if self.listen.socket.as_os_str().is_empty() && self.listen.tcp.is_empty() {
-            return wrong("listen", "neither socket nor tcp is set; nobody could call".into());
+            return wrong(
+                "listen",
+                "neither socket nor tcp is set; nobody could call".into(),
+            );
         }
         if self.listen.socket.as_os_str().len() > 107 {
             return wrong(
@@ -256,7 +259,10 @@ impl Config {
         if self.socket_mode().is_none() {
             return wrong(
                 "listen.socket_mode",
-                format!("'{}' is not an octal mode such as 0660", self.listen.socket_mode),
+                format!(
+                    "'{}' is not an octal mode such as 0660",
+                    self.listen.socket_mode
+                ),
             );
         }
         if !self.listen.tcp.is_empty() {
@@ -331,7 +337,8 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_refused_with_file_line_and_key() {
-        let error = Config::parse("[libvirt]\nurl = 'qemu:///session'\n", "/etc/a.toml").unwrap_err();
+        let error =
+            Config::parse("[libvirt]\nurl = 'qemu:///session'\n", "/etc/a.toml").unwrap_err();
         assert_eq!(error.place, "/etc/a.toml:2");
         assert!(error.problem.contains("url"), "{error}");
     }

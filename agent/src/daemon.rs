@@ -56,7 +56,11 @@ pub fn check(config: Config) -> Result<String, String> {
         }
         let hypervisor = connect(&config).await?;
         let host = hypervisor.host().await.map_err(|error| {
-            format!("libvirt.uri '{}': {}", config.libvirt.uri, crate::faults::sentence(&error))
+            format!(
+                "libvirt.uri '{}': {}",
+                config.libvirt.uri,
+                crate::faults::sentence(&error)
+            )
         })?;
         Ok(format!(
             "configuration, journal and libvirt are fine: {} on {} with libvirt {} and {} {}",
@@ -77,14 +81,21 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
         release_deadline: Duration::from_secs(libvirt.release_timeout),
         ..Options::for_uri(&libvirt.uri)
     };
-    Hypervisor::connect(options)
-        .await
-        .map_err(|error| format!("libvirt.uri '{}': {}", libvirt.uri, crate::faults::sentence(&error)))
+    Hypervisor::connect(options).await.map_err(|error| {
+        format!(
+            "libvirt.uri '{}': {}",
+            libvirt.uri,
+            crate::faults::sentence(&error)
+        )
+    })
 }
 
 async fn run(config: Config) -> Result<(), String> {
     let path = &config.journal.path;
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+    if let Some(folder) = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+    {
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("journal.path: '{}': {error}", folder.display()))?;
     }
@@ -106,7 +117,10 @@ async fn run(config: Config) -> Result<(), String> {
         "connected"
     );
     let workflows = Workflows::new(hypervisor, journal, config);
-    let recovered = workflows.recover().await.map_err(|fault| fault.to_string())?;
+    let recovered = workflows
+        .recover()
+        .await
+        .map_err(|fault| fault.to_string())?;
     if recovered > 0 {
         tracing::warn!(runs = recovered, "interrupted runs were recovered");
     }
@@ -135,7 +149,10 @@ async fn run(config: Config) -> Result<(), String> {
     tracing::info!("stopping");
     let left = workflows.shut_down().await;
     if left > 0 {
-        tracing::error!(runs = left, "runs are still going on; they are recovered at the next start");
+        tracing::error!(
+            runs = left,
+            "runs are still going on; they are recovered at the next start"
+        );
     }
     stop.send_replace(true);
     if tokio::time::timeout(STREAMS, serving).await.is_err() {

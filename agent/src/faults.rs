@@ -60,7 +60,8 @@ pub fn reason(error: &Error) -> Reason {
 
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
-        let fault = Self::new(reason(&error), sentence(&error)).with("operation", error.operation());
+        let fault =
+            Self::new(reason(&error), sentence(&error)).with("operation", error.operation());
         match error.code() {
             Some(code) => fault.with("libvirt_code", code),
             None => fault,

@@ -1,1 +1,43 @@
-//! Skeleton.
+//! All of libvirt, and all of `unsafe`, behind one asynchronous face.
+//!
+//! Purpose: [`Hypervisor`] is a cheap handle whose methods are libvirt's calls,
+//! each on a thread of its own under a deadline of ours (see `lanes`). It
+//! reconnects by itself and registers for events again.
+//!
+//! Invariants
+//! - libvirt's and the binding's types stop here.
+//! - No call is without a deadline; one that passes it is counted, not forgotten.
+//! - Reads, effects and releases have a connection each, and so have events.
+//! - A read that met a broken connection is repeated once; an effect never is,
+//!   unless it is certain that it was not sent.
+
+mod block;
+mod connection;
+mod definition;
+mod domain;
+mod error;
+mod events;
+pub mod flush;
+mod guest;
+pub mod image;
+mod lanes;
+mod options;
+mod snapshot;
+mod snapshot_xml;
+mod storage;
+
+pub use block::{BlockInfo, BlockJob, BlockJobKind};
+pub use connection::{HostInfo, Hypervisor, LinkStatus};
+pub use definition::{
+    BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Nvram,
+};
+pub use domain::{DomainJob, DomainState, DomainSummary, MemTune, StateReason, VcpuInfo, Xml};
+pub use error::{Error, ErrorKind, What};
+pub use events::{DomainEvent, EventKind, Lifecycle};
+pub use guest::{FreezeStatus, GuestInfo, GuestInterface};
+pub use options::Options;
+pub use snapshot::{
+    DeleteFlags, RevertFlags, SnapshotDiskInfo, SnapshotDiskMode, SnapshotDiskSpec, SnapshotInfo,
+    SnapshotMemory, SnapshotMemoryInfo, SnapshotMode, SnapshotSpec,
+};
+pub use storage::{PoolInfo, VolumeInfo};

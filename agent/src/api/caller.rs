@@ -24,6 +24,8 @@ pub fn of(extensions: &Extensions) -> Caller {
     Caller {
         identity: "loopback".into(),
         transport: "tcp".into(),
-        address: address.map(|address| address.to_string()).unwrap_or_default(),
+        address: address
+            .map(|address| address.to_string())
+            .unwrap_or_default(),
     }
 }

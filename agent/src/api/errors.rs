@@ -77,9 +77,16 @@ pub fn status(fault: &Fault) -> Status {
     details.set_error_info(
         reason,
         ERROR_DOMAIN,
-        fault.metadata.clone().into_iter().collect::<std::collections::HashMap<_, _>>(),
+        fault
+            .metadata
+            .clone()
+            .into_iter()
+            .collect::<std::collections::HashMap<_, _>>(),
     );
-    details.add_help_link("what this means and what to do", format!("{PAGES}{reason}.md"));
+    details.add_help_link(
+        "what this means and what to do",
+        format!("{PAGES}{reason}.md"),
+    );
     let subject = || {
         ["snapshot", "vm", "path", "disk", "pool", "workflow_id"]
             .iter()
@@ -142,10 +149,17 @@ mod tests {
         assert_eq!(status.code(), Code::NotFound);
         let details = status.get_error_details();
         let info = details.error_info().unwrap();
-        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("SNAPSHOT_NOT_FOUND", "vmsnap"));
+        assert_eq!(
+            (info.reason.as_str(), info.domain.as_str()),
+            ("SNAPSHOT_NOT_FOUND", "vmsnap")
+        );
         assert_eq!(info.metadata["valid_names"], "c,d");
         assert_eq!(details.resource_info().unwrap().resource_name, "b");
-        assert!(details.help().unwrap().links[0].url.ends_with("/SNAPSHOT_NOT_FOUND.md"));
+        assert!(
+            details.help().unwrap().links[0]
+                .url
+                .ends_with("/SNAPSHOT_NOT_FOUND.md")
+        );
     }
 
     #[test]

@@ -94,7 +94,12 @@ impl InventoryService for Service {
     ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
         let message = request.into_inner();
         let only = (!message.vm_name.is_empty()).then_some(message.vm_name.as_str());
-        let vms = self.0.observer().all_snapshots(only).await.map_err(failed)?;
+        let vms = self
+            .0
+            .observer()
+            .all_snapshots(only)
+            .await
+            .map_err(failed)?;
         let all: Vec<v1::Snapshot> = vms
             .iter()
             .flat_map(|(vm, snapshots)| reply::snapshots(vm, snapshots))

@@ -79,10 +79,15 @@ impl KnownIssueService for Service {
                 &message.reason,
                 Reason::ALL.iter().map(|reason| reason.as_str()),
             );
-            let hint = nearest.map(|it| format!("; did you mean {it}?")).unwrap_or_default();
+            let hint = nearest
+                .map(|it| format!("; did you mean {it}?"))
+                .unwrap_or_default();
             return Err(failed(Fault::bad_field(
                 "reason",
-                format!("'{}' is no reason code{hint}", message.reason.escape_debug()),
+                format!(
+                    "'{}' is no reason code{hint}",
+                    message.reason.escape_debug()
+                ),
             )));
         };
         if message.fix.trim().is_empty() || message.fix.len() > FIX_MOST {
@@ -125,7 +130,10 @@ impl KnownIssueService for Service {
             Err(failed(
                 Fault::new(
                     Reason::IssueNotFound,
-                    format!("nothing with the id '{}' was learned here", id.escape_debug()),
+                    format!(
+                        "nothing with the id '{}' was learned here",
+                        id.escape_debug()
+                    ),
                 )
                 .with("id", id),
             ))

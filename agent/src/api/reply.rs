@@ -230,7 +230,9 @@ pub fn snapshot(vm_name: &str, snapshot: &Snapshot, all: &[Snapshot]) -> v1::Sna
         },
         ours: record.is_some(),
         protected: record.is_some_and(|record| record.protected),
-        workflow_id: record.map(|record| record.workflow.clone()).unwrap_or_default(),
+        workflow_id: record
+            .map(|record| record.workflow.clone())
+            .unwrap_or_default(),
         guard_deadline: snapshot.guard.map(timestamp),
     }
 }
@@ -339,7 +341,11 @@ pub fn warning(warning: &Warning) -> v1::Warning {
 /// What a run achieved.
 #[must_use]
 pub fn outcome(outcome: &Outcome) -> v1::WorkflowResult {
-    let name = outcome.vm.as_ref().map(|vm| vm.name.as_str()).unwrap_or_default();
+    let name = outcome
+        .vm
+        .as_ref()
+        .map(|vm| vm.name.as_str())
+        .unwrap_or_default();
     v1::WorkflowResult {
         changed: outcome.changed,
         snapshot: outcome
@@ -418,10 +424,11 @@ fn number(index: usize) -> u32 {
 }
 
 fn hold(hold: Hold) -> i32 {
-    match hold {
+    let kind = match hold {
         Hold::Frozen => v1::HoldKind::Frozen,
         Hold::Suspended => v1::HoldKind::Suspended,
-    } as i32
+    };
+    kind as i32
 }
 
 /// Titles of a plan's steps, for events that come after it.

@@ -35,7 +35,11 @@ impl Problems {
             Err(_) => {
                 self.note(
                     field,
-                    format!("{}.{:09} s is negative; a time from 0 on is needed", value.seconds, value.nanos.abs()),
+                    format!(
+                        "{}.{:09} s is negative; a time from 0 on is needed",
+                        value.seconds,
+                        value.nanos.abs()
+                    ),
                 );
                 None
             }
@@ -172,14 +176,18 @@ fn create(name: String, options: v1::CreateOptions, problems: &mut Problems) -> 
         })
         .flatten();
     let consistency = problems
-        .one_of("create.consistency", options.consistency, |value| match value {
-            v1::Consistency::Unspecified => None,
-            v1::Consistency::Memory => Some(Consistency::Memory),
-            v1::Consistency::Filesystem => Some(Consistency::Filesystem),
-            v1::Consistency::Suspend => Some(Consistency::Suspend),
-            v1::Consistency::Crash => Some(Consistency::Crash),
-            v1::Consistency::Stopped => Some(Consistency::Stopped),
-        })
+        .one_of(
+            "create.consistency",
+            options.consistency,
+            |value| match value {
+                v1::Consistency::Unspecified => None,
+                v1::Consistency::Memory => Some(Consistency::Memory),
+                v1::Consistency::Filesystem => Some(Consistency::Filesystem),
+                v1::Consistency::Suspend => Some(Consistency::Suspend),
+                v1::Consistency::Crash => Some(Consistency::Crash),
+                v1::Consistency::Stopped => Some(Consistency::Stopped),
+            },
+        )
         .flatten();
     let if_exists = problems
         .one_of("create.if_exists", options.if_exists, |value| match value {
@@ -216,12 +224,16 @@ fn create(name: String, options: v1::CreateOptions, problems: &mut Problems) -> 
 
 fn revert(name: String, options: v1::RevertOptions, problems: &mut Problems) -> Revert {
     let state_after = problems
-        .one_of("revert.state_after", options.state_after, |value| match value {
-            v1::StateAfter::Unspecified | v1::StateAfter::Auto => StateAfter::Auto,
-            v1::StateAfter::Running => StateAfter::Running,
-            v1::StateAfter::Paused => StateAfter::Paused,
-            v1::StateAfter::Stopped => StateAfter::Stopped,
-        })
+        .one_of(
+            "revert.state_after",
+            options.state_after,
+            |value| match value {
+                v1::StateAfter::Unspecified | v1::StateAfter::Auto => StateAfter::Auto,
+                v1::StateAfter::Running => StateAfter::Running,
+                v1::StateAfter::Paused => StateAfter::Paused,
+                v1::StateAfter::Stopped => StateAfter::Stopped,
+            },
+        )
         .unwrap_or_default();
     Revert {
         name,
@@ -425,11 +437,18 @@ mod tests {
         spec.revert = Some(v1::RevertOptions::default());
         spec.create = Some(v1::CreateOptions {
             kind: 99,
-            max_age: Some(prost_types::Duration { seconds: -5, nanos: 0 }),
+            max_age: Some(prost_types::Duration {
+                seconds: -5,
+                nanos: 0,
+            }),
             ..v1::CreateOptions::default()
         });
         let fault = request(Some(spec)).unwrap_err();
-        let fields: Vec<&str> = fault.violations.iter().map(|it| it.field.as_str()).collect();
+        let fields: Vec<&str> = fault
+            .violations
+            .iter()
+            .map(|it| it.field.as_str())
+            .collect();
         assert_eq!(fields, ["revert", "create.kind", "create.max_age"]);
     }
 

@@ -74,7 +74,10 @@ impl WorkflowService for Service {
             .map(Duration::try_from)
             .transpose()
             .map_err(|_| {
-                failed(Fault::bad_field("timeout", "is negative; a time above 0 is needed"))
+                failed(Fault::bad_field(
+                    "timeout",
+                    "is negative; a time above 0 is needed",
+                ))
             })?;
         let asked = spec::request(message.spec).map_err(failed)?;
         let how = Submission {
@@ -123,11 +126,21 @@ impl WorkflowService for Service {
     ) -> Result<Response<Self::WatchWorkflowStream>, Status> {
         let message = request.into_inner();
         let id = message.workflow_id;
-        let events = self.0.watch(&id, message.from_sequence).await.map_err(failed)?;
+        let events = self
+            .0
+            .watch(&id, message.from_sequence)
+            .await
+            .map_err(failed)?;
         let mut titles = reply::Titles::default();
         if message.from_sequence > 1 {
             // The plan was sent before; its titles are needed all the same.
-            for record in self.0.journal().records(&id, 1).await.map_err(|error| failed(error.into()))? {
+            for record in self
+                .0
+                .journal()
+                .records(&id, 1)
+                .await
+                .map_err(|error| failed(error.into()))?
+            {
                 titles.learn(&record.record);
             }
         }
@@ -156,8 +169,12 @@ impl WorkflowService for Service {
         .is_ok();
         let run = self.0.run(&id).await.map_err(failed)?;
         let note = match (over, run.status) {
-            (false, _) => "the present step cannot be stopped in the middle; the run stops after it",
-            (true, RunStatus::Succeeded) => "the last step was done before the run could be stopped",
+            (false, _) => {
+                "the present step cannot be stopped in the middle; the run stops after it"
+            }
+            (true, RunStatus::Succeeded) => {
+                "the last step was done before the run could be stopped"
+            }
             (true, _) => "",
         };
         Ok(Response::new(v1::CancelWorkflowResponse {
@@ -295,11 +312,7 @@ impl WorkflowService for Service {
 ///
 /// # Errors
 /// When the token is none of this list's.
-pub fn slice<T: Clone>(
-    all: &[T],
-    size: u32,
-    token: &str,
-) -> Result<(Vec<T>, String), Status> {
+pub fn slice<T: Clone>(all: &[T], size: u32, token: &str) -> Result<(Vec<T>, String), Status> {
     let from: usize = if token.is_empty() {
         0
     } else {
@@ -312,6 +325,10 @@ pub fn slice<T: Clone>(
     };
     let to = from.saturating_add(size as usize).min(all.len());
     let page = all.get(from..to).unwrap_or_default().to_vec();
-    let next = if to < all.len() { to.to_string() } else { String::new() };
+    let next = if to < all.len() {
+        to.to_string()
+    } else {
+        String::new()
+    };
     Ok((page, next))
 }

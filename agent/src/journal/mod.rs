@@ -353,7 +353,8 @@ impl Journal {
     /// When it is not on disk.
     pub async fn note_files(&self, run: &str, paths: Vec<String>) -> Result<(), JournalError> {
         let run = run.to_owned();
-        self.call(move |db| store::note_files(db, &run, &paths)).await
+        self.call(move |db| store::note_files(db, &run, &paths))
+            .await
     }
 
     /// All files that this agent noted.

@@ -64,9 +64,12 @@ pub fn open(path: &Path) -> Result<Connection, JournalError> {
     let mut db = Connection::open(path).map_err(wrong)?;
     db.busy_timeout(std::time::Duration::from_secs(5))
         .map_err(wrong)?;
-    db.pragma_update(None, "journal_mode", "WAL").map_err(wrong)?;
-    db.pragma_update(None, "synchronous", "FULL").map_err(wrong)?;
-    db.pragma_update(None, "foreign_keys", "ON").map_err(wrong)?;
+    db.pragma_update(None, "journal_mode", "WAL")
+        .map_err(wrong)?;
+    db.pragma_update(None, "synchronous", "FULL")
+        .map_err(wrong)?;
+    db.pragma_update(None, "foreign_keys", "ON")
+        .map_err(wrong)?;
     let found: i64 = db
         .pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(wrong)?;

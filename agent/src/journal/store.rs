@@ -242,7 +242,11 @@ pub fn runs(db: &mut Connection, filter: &RunFilter) -> Result<Vec<RunRow>> {
     one_of("vm", filter.vm.iter().cloned().collect(), &mut sql);
     one_of(
         "status",
-        filter.statuses.iter().map(|it| it.name().to_owned()).collect(),
+        filter
+            .statuses
+            .iter()
+            .map(|it| it.name().to_owned())
+            .collect(),
         &mut sql,
     );
     one_of("action", filter.actions.clone(), &mut sql);
@@ -356,7 +360,12 @@ pub fn forget_files(db: &mut Connection, paths: &[String]) -> Result<()> {
     Ok(())
 }
 
-pub fn learn(db: &mut Connection, reason: &str, subject: &str, fix: Option<&str>) -> Result<Learned> {
+pub fn learn(
+    db: &mut Connection,
+    reason: &str,
+    subject: &str,
+    fix: Option<&str>,
+) -> Result<Learned> {
     let now = Timestamp::now();
     let id = uuid::Uuid::now_v7().to_string();
     // A fix that somebody recorded was not seen to be needed once more.

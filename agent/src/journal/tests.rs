@@ -83,7 +83,10 @@ async fn a_journal_of_a_newer_agent_is_refused() {
     db.pragma_update(None, "user_version", 99).unwrap();
     drop(db);
     let error = Journal::open(&path).unwrap_err();
-    assert!(matches!(error, JournalError::TooNew { found: 99, .. }), "{error}");
+    assert!(
+        matches!(error, JournalError::TooNew { found: 99, .. }),
+        "{error}"
+    );
     std::fs::remove_dir_all(folder).unwrap();
 }
 
@@ -92,7 +95,10 @@ async fn a_fault_that_is_seen_again_is_counted_and_a_recorded_fix_stays_with_it(
     let folder = folder();
     let journal = Journal::open(&folder.join("journal.db")).unwrap();
     journal.learn("NO_SPACE", "default", None).await.unwrap();
-    journal.learn("NO_SPACE", "default", Some("grow the pool")).await.unwrap();
+    journal
+        .learn("NO_SPACE", "default", Some("grow the pool"))
+        .await
+        .unwrap();
     let again = journal.learn("NO_SPACE", "default", None).await.unwrap();
     assert_eq!((again.seen, again.fix.as_str()), (2, "grow the pool"));
     assert!(journal.forget_learned(&again.id).await.unwrap());
@@ -108,7 +114,11 @@ async fn old_runs_go_but_open_and_stuck_ones_stay() {
         journal.begin(row(id)).await.unwrap();
     }
     journal.append("1", closed()).await.unwrap();
-    let stuck = Record::Closed { closing: Closing::Stuck, outcome: None, fault: None };
+    let stuck = Record::Closed {
+        closing: Closing::Stuck,
+        outcome: None,
+        fault: None,
+    };
     journal.append("2", stuck).await.unwrap();
     let later = Timestamp::now() + jiff::SignedDuration::from_hours(1);
     assert_eq!(journal.prune(later, 0).await.unwrap(), 1);

@@ -8,9 +8,7 @@ use vmsnap_hypervisor::{SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, Snap
 use super::Observer;
 use crate::planning::{
     Fault,
-    facts::{
-        Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState,
-    },
+    facts::{Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState},
     health,
 };
 
@@ -104,7 +102,9 @@ impl Observer {
     async fn look(&self, vm: &Vm, listed: &[SnapshotInfo]) -> Looked {
         let mut looked = Looked::default();
         for image in vm.disks.iter().flat_map(|disk| &disk.chain) {
-            looked.images.insert(image.path.clone(), image.internal.clone());
+            looked
+                .images
+                .insert(image.path.clone(), image.internal.clone());
             looked.sizes.insert(image.path.clone(), image.actual_size);
         }
         let mut paths: BTreeSet<String> = BTreeSet::new();
@@ -131,7 +131,9 @@ impl Observer {
                     use std::os::unix::fs::MetadataExt as _;
                     looked.sizes.insert(path.clone(), metadata.blocks() * 512);
                     let internal = listed.iter().any(|info| {
-                        info.disks.iter().any(|disk| disk.mode == SnapshotMode::Internal)
+                        info.disks
+                            .iter()
+                            .any(|disk| disk.mode == SnapshotMode::Internal)
                     });
                     if internal && let Ok(image) = image::info(path.as_ref()).await {
                         let names = image.snapshots.into_iter().map(|one| one.name).collect();
@@ -212,8 +214,9 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
             "shutoff" => VmState::Stopped,
             // Without memory libvirt writes `disk-snapshot`; the record knows
             // whether the VM was off.
-            _ if record
-                .is_some_and(|it| it.consistency == crate::planning::facts::Consistency::Stopped) =>
+            _ if record.is_some_and(|it| {
+                it.consistency == crate::planning::facts::Consistency::Stopped
+            }) =>
             {
                 VmState::Stopped
             }
@@ -247,7 +250,9 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
         vm_memory: definition
             .and_then(|definition| definition.memory_kib)
             .map_or(0, |kib| kib.saturating_mul(1024)),
-        vm_vcpus: definition.and_then(|definition| definition.vcpus).unwrap_or(0),
+        vm_vcpus: definition
+            .and_then(|definition| definition.vcpus)
+            .unwrap_or(0),
         media: definition
             .into_iter()
             .flat_map(|definition| &definition.disks)

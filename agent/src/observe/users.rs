@@ -99,10 +99,17 @@ impl Observer {
                 add(users, &image.path, user);
             }
         }
-        if let Some(nvram) = definition.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()) {
+        if let Some(nvram) = definition
+            .nvram
+            .as_ref()
+            .and_then(|nvram| nvram.path.as_ref())
+        {
             add(users, nvram, user);
         }
-        for path in [&definition.kernel, &definition.initrd].into_iter().flatten() {
+        for path in [&definition.kernel, &definition.initrd]
+            .into_iter()
+            .flatten()
+        {
             add(users, path, user);
         }
     }

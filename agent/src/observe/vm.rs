@@ -2,16 +2,12 @@
 
 use std::{path::Path, time::Duration};
 
-use vmsnap_hypervisor::{
-    DiskSource, DomainDefinition, DomainState, FreezeStatus, Xml, image,
-};
+use vmsnap_hypervisor::{DiskSource, DomainDefinition, DomainState, FreezeStatus, Xml, image};
 
 use super::Observer;
 use crate::planning::{
     Fault,
-    facts::{
-        Agent, BlockJob, Disk, Firmware, Image, Memtune, Source, Vcpu, Vm, VmState,
-    },
+    facts::{Agent, BlockJob, Disk, Firmware, Image, Memtune, Source, Vcpu, Vm, VmState},
 };
 
 /// How long the guest agent may take to answer a ping.
@@ -67,7 +63,11 @@ impl Observer {
             persistent: domain.persistent,
             autostart: domain.autostart,
             vcpu_count: domain.vcpus,
-            vcpus: if active { self.vcpus(name).await } else { Vec::new() },
+            vcpus: if active {
+                self.vcpus(name).await
+            } else {
+                Vec::new()
+            },
             memory: domain.memory_kib.saturating_mul(1024),
             max_memory: domain.max_memory_kib.saturating_mul(1024),
             memtune: Memtune {

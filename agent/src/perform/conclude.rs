@@ -2,10 +2,7 @@
 
 use super::Performer;
 use crate::planning::{
-    Done, Fault, Outcome, Plan, Step,
-    facts::Consistency,
-    outcome::GuestReport,
-    request::Action,
+    Done, Fault, Outcome, Plan, Step, facts::Consistency, outcome::GuestReport, request::Action,
 };
 
 impl Performer {

@@ -14,16 +14,17 @@ use sha2::{Digest, Sha256};
 use tokio::sync::broadcast;
 use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{
-    DomainEvent, DomainState, Lifecycle, ErrorKind, SnapshotDiskMode, SnapshotDiskSpec, SnapshotMemory,
-    SnapshotSpec, flush,
+    DomainEvent, DomainState, ErrorKind, Lifecycle, SnapshotDiskMode, SnapshotDiskSpec,
+    SnapshotMemory, SnapshotSpec, flush,
 };
 
 use super::Performer;
 use crate::{
     faults,
     planning::{
-        Done, Fault, Reason, Step, files,
+        Done, Fault, Reason, Step,
         facts::{Consistency, SnapshotRecord, folder_of},
+        files,
         step::{NewDisk, NewMemory, NewSnapshot, ToRecord},
     },
 };
@@ -207,8 +208,7 @@ impl Performer {
             _ => None,
         });
         let frozen = self.plan.steps.iter().zip(done).find_map(|(step, done)| {
-            matches!(step, Step::Freeze { .. })
-                .then(|| matches!(done, Some(Done::Held { .. })))
+            matches!(step, Step::Freeze { .. }).then(|| matches!(done, Some(Done::Held { .. })))
         });
         let consistency = match (record.consistency, frozen) {
             (Consistency::Filesystem, Some(false)) => Consistency::Suspend,
@@ -266,7 +266,11 @@ impl Performer {
             .any(|snapshot| snapshot.name == new.name);
         if listed {
             self.hypervisor
-                .delete_snapshot(self.vm(), &new.name, vmsnap_hypervisor::DeleteFlags::default())
+                .delete_snapshot(
+                    self.vm(),
+                    &new.name,
+                    vmsnap_hypervisor::DeleteFlags::default(),
+                )
                 .await?;
             notes.push("the snapshot is deleted".to_owned());
         } else if new.memory == NewMemory::Internal
@@ -322,7 +326,11 @@ impl Performer {
                 }
             }
         }
-        let gone = paths.iter().filter(|path| !used.contains(*path)).cloned().collect();
+        let gone = paths
+            .iter()
+            .filter(|path| !used.contains(*path))
+            .cloned()
+            .collect();
         self.journal.forget_files(gone).await?;
         Ok(if removed.is_empty() {
             "no file is left over".into()
@@ -372,9 +380,21 @@ pub(super) async fn checksum(path: &str) -> std::io::Result<(u64, String)> {
     tokio::task::spawn_blocking(move || {
         let mut file = std::fs::File::open(path)?;
         let mut hash = Sha256::new();
-        let size = std::io::copy(&mut file, &mut hash)?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut size = 0_u64;
+        loop {
+            let read = std::io::Read::read(&mut file, &mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            hash.update(&buffer[..read]);
+            size += read as u64;
+        }
         let digest = hash.finalize();
-        Ok((size, digest.iter().map(|byte| format!("{byte:02x}")).collect()))
+        Ok((
+            size,
+            digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        ))
     })
     .await
     .map_err(std::io::Error::other)?

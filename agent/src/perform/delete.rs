@@ -1,21 +1,18 @@
-//! Deleting snapshots and merging overlays, with progress in bytes.
+//! Deleting snapshots, which merges overlays, with progress in bytes.
 //!
-//! Invariants: a merge pivots only when it is ready; a snapshot that is not
-//! listed any more counts as deleted; a paused helper that libvirt booted for a
+//! Invariants: libvirt merges and pivots itself, so that chain and metadata never
+//! disagree; a snapshot that is not listed any more counts as deleted; a paused helper that libvirt booted for a
 //! VM that was off never stays.
 
 use std::{collections::BTreeMap, time::Duration};
 
-use vmsnap_engine::Cancel;
-use vmsnap_hypervisor::{CommitSpec, DeleteFlags, DomainState};
+use vmsnap_hypervisor::{DeleteFlags, DomainState};
 
 use super::Performer;
-use crate::planning::{Done, Fault, Reason, facts::VmState};
+use crate::planning::{Done, Fault, facts::VmState};
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
-/// How long an active merge may take from "all copied" to "ready".
-const READY: Duration = Duration::from_secs(60);
 
 impl Performer {
     pub(super) async fn delete(
@@ -95,76 +92,5 @@ impl Performer {
             return Ok("the paused helper is gone; the VM is off, as before".into());
         }
         Ok("no helper is left".into())
-    }
-
-    pub(super) async fn merge_active(
-        &self,
-        index: usize,
-        disk: &str,
-        top: &str,
-        base: &str,
-        bandwidth: Option<u64>,
-        cancel: &Cancel,
-    ) -> Result<Done, Fault> {
-        let spec = CommitSpec {
-            disk: disk.to_owned(),
-            top: None,
-            base: Some(base.to_owned()),
-            bandwidth,
-            active: true,
-            delete: true,
-        };
-        self.hypervisor.block_commit(self.vm(), &spec).await?;
-        let mut copied = None;
-        let mut bytes = 0;
-        loop {
-            tokio::time::sleep(POLL).await;
-            if cancel.is_requested() {
-                self.hypervisor.block_job_abort(self.vm(), disk, false).await?;
-                return Err(Fault::new(
-                    Reason::Cancelled,
-                    format!("the merge of disk {disk} was aborted; the chain is as it was"),
-                ));
-            }
-            let Some(job) = self.hypervisor.block_job(self.vm(), disk).await? else {
-                return Err(Fault::new(
-                    Reason::HypervisorFailed,
-                    format!(
-                        "the merge of '{top}' into '{base}' ended before it was ready; was the VM \
-                         stopped?"
-                    ),
-                )
-                .with("disk", disk));
-            };
-            bytes = job.cur;
-            self.progress(index, disk, job.cur, job.end);
-            if job.end == 0 || job.cur < job.end {
-                copied = None;
-                continue;
-            }
-            match self.hypervisor.block_job_abort(self.vm(), disk, true).await {
-                Ok(()) => break,
-                Err(error) if *error.kind() == vmsnap_hypervisor::ErrorKind::BlockJobNotReady => {
-                    let since = *copied.get_or_insert_with(std::time::Instant::now);
-                    if since.elapsed() > READY {
-                        self.hypervisor.block_job_abort(self.vm(), disk, false).await?;
-                        return Err(error.into());
-                    }
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(Done::Deleted {
-            merged_bytes: bytes,
-        })
-    }
-
-    /// Aborts a merge that did not pivot.
-    pub(super) async fn undo_merge(&self, disk: &str) -> Result<String, Fault> {
-        if self.hypervisor.block_job(self.vm(), disk).await?.is_none() {
-            return Ok("no merge is open".into());
-        }
-        self.hypervisor.block_job_abort(self.vm(), disk, false).await?;
-        Ok("the open merge is aborted; the chain is as it was".into())
     }
 }

@@ -153,7 +153,6 @@ impl Performer {
             note,
         })
     }
-
 }
 
 fn millis_since_epoch(time: SystemTime) -> i64 {

@@ -27,9 +27,9 @@ impl Performer {
 
     /// Milliseconds since the hold began; zero when it did not begin here.
     fn hold_ends(&self, hold: Hold) -> u64 {
-        lock(&self.held_since)
-            .remove(&hold)
-            .map_or(0, |since| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX))
+        lock(&self.held_since).remove(&hold).map_or(0, |since| {
+            u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+        })
     }
 
     pub(super) async fn freeze(&self, timeout_ms: u64, fall_back: bool) -> Result<Done, Fault> {
@@ -59,7 +59,10 @@ impl Performer {
         if fall_back {
             self.notice(
                 "FREEZE_GAVE_UP",
-                format!("the guest could not be frozen and is suspended instead: {}", problem.message),
+                format!(
+                    "the guest could not be frozen and is suspended instead: {}",
+                    problem.message
+                ),
                 "use consistency: filesystem to fail instead",
             );
             return Ok(Done::NotHeld {
@@ -93,9 +96,10 @@ impl Performer {
             let last = match self.hypervisor.thaw(self.vm()).await {
                 Ok(_) => match self.hypervisor.freeze_status(self.vm()).await {
                     Ok(FreezeStatus::Thawed) => return Ok("the guest is thawed".into()),
-                    Ok(FreezeStatus::Frozen) => {
-                        Fault::new(Reason::GuestFrozen, "the guest says that it is still frozen")
-                    }
+                    Ok(FreezeStatus::Frozen) => Fault::new(
+                        Reason::GuestFrozen,
+                        "the guest says that it is still frozen",
+                    ),
                     Err(error) => error.into(),
                 },
                 Err(error) if *error.kind() == ErrorKind::Unsupported => {
@@ -149,14 +153,9 @@ impl Performer {
     }
 
     pub(super) async fn resume(&self, done: &[Option<Done>]) -> Result<Done, Fault> {
-        let suspended = self
-            .plan
-            .steps
-            .iter()
-            .zip(done)
-            .any(|(step, done)| {
-                matches!(step, Step::Suspend { .. }) && matches!(done, Some(Done::Held { .. }))
-            });
+        let suspended = self.plan.steps.iter().zip(done).any(|(step, done)| {
+            matches!(step, Step::Suspend { .. }) && matches!(done, Some(Done::Held { .. }))
+        });
         if !suspended {
             return Ok(plain("the VM was not suspended"));
         }
@@ -182,7 +181,10 @@ impl Performer {
             self.hold_ends(Hold::Suspended);
             return Ok("the VM runs again".into());
         }
-        Ok(format!("the VM is {}, which is not ours", domain.state.name()))
+        Ok(format!(
+            "the VM is {}, which is not ours",
+            domain.state.name()
+        ))
     }
 
     /// Resumes, and makes sure that the VM runs.

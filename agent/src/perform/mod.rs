@@ -147,12 +147,6 @@ impl Perform<Snapshots> for Performer {
                 self.delete(index, name, *metadata_only, disks, *bandwidth, files)
                     .await
             }
-            Step::MergeActive {
-                disk,
-                top,
-                base,
-                bandwidth,
-            } => self.merge_active(index, disk, top, base, *bandwidth, cancel).await,
             Step::Resize {
                 disk,
                 bytes,
@@ -188,7 +182,6 @@ impl Perform<Snapshots> for Performer {
                 name, definition, ..
             } => self.undo_revert(name, *definition, done).await,
             Step::DeleteSnapshot { boots_helper, .. } => self.undo_delete(*boots_helper).await,
-            Step::MergeActive { disk, .. } => self.undo_merge(disk).await,
             _ => Ok("nothing to undo".into()),
         }
     }

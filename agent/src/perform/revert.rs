@@ -54,7 +54,10 @@ impl Performer {
             .and_then(|facts| facts.snapshot(name))
             .cloned()
             .ok_or_else(|| {
-                Fault::new(Reason::Internal, format!("snapshot '{name}' is not among the facts"))
+                Fault::new(
+                    Reason::Internal,
+                    format!("snapshot '{name}' is not among the facts"),
+                )
             })
     }
 
@@ -158,7 +161,10 @@ impl Performer {
             if tokio::fs::metadata(&path).await.is_ok() {
                 continue;
             }
-            let data = self.observer.snapshot_data(self.vm(), name, &target).await?;
+            let data = self
+                .observer
+                .snapshot_data(self.vm(), name, &target)
+                .await?;
             let Some(data) = data else {
                 return Err(Fault::new(
                     Reason::SnapshotNotWhole,
@@ -178,7 +184,9 @@ impl Performer {
             image::create_overlay(Path::new(&fresh), Path::new(&data), &base.format).await?;
             self.observer.same_owner(&data, &fresh)?;
             text = text.replace(&escaped(&path), &escaped(&fresh));
-            notes.push(format!("disk {target} goes on from the snapshot in '{fresh}'"));
+            notes.push(format!(
+                "disk {target} goes on from the snapshot in '{fresh}'"
+            ));
         }
         let note = if notes.is_empty() {
             "the definition from before the revert is back".to_owned()

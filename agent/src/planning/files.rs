@@ -72,9 +72,7 @@ impl<'a> Files<'a> {
                 1 => format!("{stem}.{extension}"),
                 _ => format!("{stem}-{try_}.{extension}"),
             })
-            .find(|name| {
-                !folder.names.contains(name) && !self.given.contains(&join(path, name))
-            });
+            .find(|name| !folder.names.contains(name) && !self.given.contains(&join(path, name)));
         let Some(name) = name else {
             return Err(Fault::new(
                 Reason::FileExists,
@@ -136,7 +134,11 @@ impl<'a> Files<'a> {
 /// A folder as people know it.
 #[must_use]
 pub fn place(facts: &Facts, path: &str) -> String {
-    match facts.folders.get(path).and_then(|folder| folder.pool.as_deref()) {
+    match facts
+        .folders
+        .get(path)
+        .and_then(|folder| folder.pool.as_deref())
+    {
         Some(pool) => format!("pool '{pool}' at '{path}'"),
         None => format!("'{path}'"),
     }
@@ -155,7 +157,11 @@ pub fn no_space(facts: &Facts, path: &str, need: u64, free: u64) -> Fault {
     .with("path", path)
     .with("need_bytes", need)
     .with("free_bytes", free);
-    match facts.folders.get(path).and_then(|folder| folder.pool.as_deref()) {
+    match facts
+        .folders
+        .get(path)
+        .and_then(|folder| folder.pool.as_deref())
+    {
         Some(pool) => fault.with("pool", pool),
         None => fault,
     }

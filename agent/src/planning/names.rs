@@ -72,7 +72,9 @@ pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Op
     names
         .into_iter()
         .map(|name| (strsim::damerau_levenshtein(wanted, name), name))
-        .filter(|(distance, name)| *distance * 2 <= wanted.chars().count().max(name.chars().count()))
+        .filter(|(distance, name)| {
+            *distance * 2 <= wanted.chars().count().max(name.chars().count())
+        })
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, name)| name)
 }

@@ -32,10 +32,12 @@ impl GuestReport {
     #[must_use]
     pub fn addresses(&self) -> Vec<String> {
         let reachable = |address: &str| {
-            address.parse::<std::net::IpAddr>().is_ok_and(|ip| match ip {
-                std::net::IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
-                std::net::IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
-            })
+            address
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|ip| match ip {
+                    std::net::IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+                    std::net::IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+                })
         };
         self.interfaces
             .iter()

@@ -132,12 +132,7 @@ impl Draft {
     }
 
     /// Adds a warning.
-    pub fn warn(
-        &mut self,
-        code: &str,
-        message: impl Into<String>,
-        advice: impl Into<String>,
-    ) {
+    pub fn warn(&mut self, code: &str, message: impl Into<String>, advice: impl Into<String>) {
         self.warnings.push(Warning::new(code, message, advice));
     }
 
@@ -198,13 +193,16 @@ impl Draft {
 
 fn hash(plan: &Plan, generated: &[&str]) -> String {
     // Serialising plain data into a string cannot fail.
-    let mut text = serde_json::to_string(&(&plan.request, &plan.vm_uuid, &plan.steps))
-        .unwrap_or_default();
+    let mut text =
+        serde_json::to_string(&(&plan.request, &plan.vm_uuid, &plan.steps)).unwrap_or_default();
     for name in generated {
         text = text.replace(name, "{generated}");
     }
     let digest = Sha256::digest(text.as_bytes());
-    digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+    digest[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// Plans a request on the facts.

@@ -385,7 +385,10 @@ impl Request {
                     );
                 }
                 if commit.resize_to == Some(0) {
-                    note("commit.resize_bytes", "is 0; a size in bytes is needed".into());
+                    note(
+                        "commit.resize_bytes",
+                        "is 0; a size in bytes is needed".into(),
+                    );
                 }
                 if commit.resize_to.is_none() && !commit.resize_disk.is_empty() {
                     note(
@@ -441,7 +444,10 @@ impl Create {
             );
         }
         if self.kind == Some(Kind::Mixed) {
-            note("create.kind", "is 'mixed'; use auto, internal or external".into());
+            note(
+                "create.kind",
+                "is 'mixed'; use auto, internal or external".into(),
+            );
         }
         if let Some(consistency @ (Consistency::Memory | Consistency::Stopped)) = self.consistency {
             note(
@@ -469,7 +475,10 @@ impl Create {
             );
         }
         if self.freeze_timeout.is_zero() {
-            note("create.freeze_timeout", "is 0; a time above 0 is needed".into());
+            note(
+                "create.freeze_timeout",
+                "is 0; a time above 0 is needed".into(),
+            );
         }
     }
 }
@@ -510,7 +519,8 @@ impl Cleanup {
             );
         }
         for volume in self.leftovers.iter().flatten() {
-            if volume.is_empty() || volume.contains('/') || names::check_reference(volume).is_err() {
+            if volume.is_empty() || volume.contains('/') || names::check_reference(volume).is_err()
+            {
                 note(
                     "cleanup.leftovers",
                     format!(

@@ -160,18 +160,6 @@ pub enum Step {
         /// Bytes that belong to it.
         size: u64,
     },
-    /// Merges the active overlay, which no snapshot needs, into the image
-    /// under it.
-    MergeActive {
-        /// Disk.
-        disk: String,
-        /// The active overlay.
-        top: String,
-        /// The image that it goes into.
-        base: String,
-        /// Bytes per second; `None` is unlimited.
-        bandwidth: Option<u64>,
-    },
     /// Changes the virtual size of a disk.
     Resize {
         /// Target.
@@ -238,7 +226,6 @@ impl Step {
                 ..
             } => format!("forget snapshot {name}, whose data is gone"),
             Self::DeleteSnapshot { name, .. } => format!("delete snapshot {name}"),
-            Self::MergeActive { disk, .. } => format!("merge the active overlay of {disk}"),
             Self::Resize { disk, bytes, .. } => format!("resize {disk} to {bytes} bytes"),
             Self::DeleteVolume { pool, name, .. } => format!("delete volume {name} of pool {pool}"),
             Self::DeleteFile { path, .. } => format!("delete the orphan {path}"),
@@ -285,7 +272,6 @@ impl vmsnap_engine::Step for Step {
             Self::RestoreNvram { .. } => "restore-nvram",
             Self::SyncClock => "sync-clock",
             Self::DeleteSnapshot { .. } => "delete-snapshot",
-            Self::MergeActive { .. } => "merge-active",
             Self::Resize { .. } => "resize",
             Self::DeleteVolume { .. } => "delete-volume",
             Self::DeleteFile { .. } => "delete-file",
@@ -322,7 +308,6 @@ impl vmsnap_engine::Step for Step {
             Self::DropManagedSave
                 | Self::Revert { .. }
                 | Self::DeleteSnapshot { .. }
-                | Self::MergeActive { .. }
                 | Self::Resize { .. }
                 | Self::DeleteVolume { .. }
                 | Self::DeleteFile { .. }

@@ -65,5 +65,7 @@ pub fn active_path(facts: &Facts) -> Vec<&Snapshot> {
 /// Whether the present state descends from a snapshot.
 #[must_use]
 pub fn is_on_active_path(facts: &Facts, name: &str) -> bool {
-    active_path(facts).iter().any(|snapshot| snapshot.name == name)
+    active_path(facts)
+        .iter()
+        .any(|snapshot| snapshot.name == name)
 }

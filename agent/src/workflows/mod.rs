@@ -256,7 +256,10 @@ impl Workflows {
                 tokio::time::sleep(timeout).await;
                 live.stop(Fault::new(
                     Reason::TimedOut,
-                    format!("the run took longer than its timeout of {} s", timeout.as_secs()),
+                    format!(
+                        "the run took longer than its timeout of {} s",
+                        timeout.as_secs()
+                    ),
                 ));
             })
         });
@@ -412,7 +415,10 @@ impl Workflows {
                 let run = self.run(id).await?;
                 Err(Fault::new(
                     Reason::WorkflowState,
-                    format!("run {id} is over ({}) and cannot be cancelled", run.status.name()),
+                    format!(
+                        "run {id} is over ({}) and cannot be cancelled",
+                        run.status.name()
+                    ),
                 )
                 .with("state", run.status.name()))
             }
@@ -446,8 +452,11 @@ impl Workflows {
     /// When there is no such run.
     pub async fn run(&self, id: &str) -> Result<RunRow, Fault> {
         self.0.journal.run(id).await?.ok_or_else(|| {
-            Fault::new(Reason::WorkflowNotFound, format!("there is no run '{}'", id.escape_debug()))
-                .with("workflow_id", id)
+            Fault::new(
+                Reason::WorkflowNotFound,
+                format!("there is no run '{}'", id.escape_debug()),
+            )
+            .with("workflow_id", id)
         })
     }
 

@@ -227,7 +227,11 @@ pub fn start_first(request: &Request, facts: &Facts, draft: &mut Draft) -> Resul
         return Ok(facts.vm.state);
     }
     draft.push(Step::Start { paused: false });
-    draft.decide("start", "started first", "the VM is off and start_if_stopped is set");
+    draft.decide(
+        "start",
+        "started first",
+        "the VM is off and start_if_stopped is set",
+    );
     draft.change("state", Some("stopped".into()), Some("running".into()));
     Ok(VmState::Running)
 }

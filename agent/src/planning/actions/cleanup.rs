@@ -69,7 +69,12 @@ fn leftovers(request: &Request, cleanup: &Cleanup, facts: &Facts, draft: &mut Dr
         .map(|name| name.replace("{vm_name}", &facts.vm.name))
         .collect();
     for name in names {
-        let Some(volume) = facts.storage.volumes.iter().find(|volume| volume.name == name) else {
+        let Some(volume) = facts
+            .storage
+            .volumes
+            .iter()
+            .find(|volume| volume.name == name)
+        else {
             continue;
         };
         match kept_because(volume, facts) {
@@ -79,7 +84,9 @@ fn leftovers(request: &Request, cleanup: &Cleanup, facts: &Facts, draft: &mut Dr
                     format!("volume '{name}' of pool '{}' stays: {rule}", request.pool),
                     "",
                 );
-                draft.verdicts.push(verdict(&name, "volume", false, &rule, volume.allocation));
+                draft
+                    .verdicts
+                    .push(verdict(&name, "volume", false, &rule, volume.allocation));
             }
             None => {
                 draft.push(Step::DeleteVolume {
@@ -106,7 +113,10 @@ fn kept_because(volume: &Volume, facts: &Facts) -> Option<String> {
     let Some(users) = &facts.users else {
         return Some("who uses it could not be found out".to_owned());
     };
-    let users = users.get(&volume.path).map(Vec::as_slice).unwrap_or_default();
+    let users = users
+        .get(&volume.path)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     if !users.is_empty() {
         let names: Vec<&str> = users.iter().map(|user| user.vm.as_str()).collect();
         return Some(format!("it is in the chain of {}", names.join(", ")));
@@ -143,7 +153,9 @@ fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
                 } else {
                     "not made by this agent"
                 };
-                draft.verdicts.push(verdict(&orphan.path, "file", false, rule, orphan.size));
+                draft
+                    .verdicts
+                    .push(verdict(&orphan.path, "file", false, rule, orphan.size));
             }
         }
     }

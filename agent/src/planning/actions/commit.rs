@@ -33,7 +33,11 @@ pub fn draft(request: &Request, commit: &Commit, facts: &Facts) -> Result<Draft,
     if merges {
         merge(commit, facts, &mut draft)?;
     } else {
-        draft.decide("merge", "nothing", "no snapshot was named and all is not set");
+        draft.decide(
+            "merge",
+            "nothing",
+            "no snapshot was named and all is not set",
+        );
     }
     if let Some(bytes) = commit.resize_to {
         resize::draft(commit, bytes, facts, &mut draft)?;
@@ -43,20 +47,24 @@ pub fn draft(request: &Request, commit: &Commit, facts: &Facts) -> Result<Draft,
 
 fn merge(commit: &Commit, facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
     let path = tree::active_path(facts);
-    let drop: Vec<&Snapshot> = if commit.all {
-        path.clone()
-    } else if facts.snapshot(&commit.name).is_none() {
-        let fault = checks::not_found(facts, &commit.name);
-        draft.warn(
-            "SNAPSHOT_NOT_FOUND",
-            format!("{}; nothing is merged", fault.message),
-            "",
-        );
-        return Ok(());
-    } else {
-        let Some(at) = path.iter().position(|snapshot| snapshot.name == commit.name) else {
-            let path: Vec<&str> = path.iter().map(|snapshot| snapshot.name.as_str()).collect();
-            return Err(Fault::new(
+    let drop: Vec<&Snapshot> =
+        if commit.all {
+            path.clone()
+        } else if facts.snapshot(&commit.name).is_none() {
+            let fault = checks::not_found(facts, &commit.name);
+            draft.warn(
+                "SNAPSHOT_NOT_FOUND",
+                format!("{}; nothing is merged", fault.message),
+                "",
+            );
+            return Ok(());
+        } else {
+            let Some(at) = path
+                .iter()
+                .position(|snapshot| snapshot.name == commit.name)
+            else {
+                let path: Vec<&str> = path.iter().map(|snapshot| snapshot.name.as_str()).collect();
+                return Err(Fault::new(
                 Reason::SnapshotBranches,
                 format!(
                     "the present state of VM '{}' does not descend from snapshot '{}', so nothing \
@@ -69,9 +77,9 @@ fn merge(commit: &Commit, facts: &Facts, draft: &mut Draft) -> Result<(), Fault>
             )
             .with("snapshot", &commit.name)
             .with("active_path", path.join(",")));
+            };
+            path[..=at].to_vec()
         };
-        path[..=at].to_vec()
-    };
     if drop.is_empty() {
         draft.decide("merge", "nothing", "the VM has no snapshots");
         return Ok(());

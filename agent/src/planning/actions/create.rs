@@ -197,9 +197,18 @@ pub fn snapshot(
             if anchor.is_none() {
                 anchor = Some(disk.path.clone());
             }
-            let path =
-                files.beside(&disk.path, &disk.target, &create.name, "qcow2", OVERLAY_BYTES)?;
-            draft.change(format!("disk.{}", disk.target), Some(disk.path.clone()), Some(path.clone()));
+            let path = files.beside(
+                &disk.path,
+                &disk.target,
+                &create.name,
+                "qcow2",
+                OVERLAY_BYTES,
+            )?;
+            draft.change(
+                format!("disk.{}", disk.target),
+                Some(disk.path.clone()),
+                Some(path.clone()),
+            );
             NewDisk::Overlay(path)
         };
         disks.push((disk.target.clone(), mode));
@@ -312,7 +321,11 @@ pub fn snapshot(
     if !safety {
         draft.consistency = Some(way.achieves);
     }
-    draft.change(format!("snapshot.{}", create.name), None, Some(kind.name().into()));
+    draft.change(
+        format!("snapshot.{}", create.name),
+        None,
+        Some(kind.name().into()),
+    );
     if !way.memory && state != VmState::Stopped && !safety {
         draft.warn(
             "MEMORY_NOT_SAVED",
@@ -350,9 +363,7 @@ impl Way {
     fn stop_ms(&self, facts: &Facts) -> u64 {
         let gib = 1024 * 1024 * 1024;
         match (self.memory && self.running, self.internal) {
-            (true, true) => {
-                400 + facts.vm.memory.saturating_mul(INTERNAL_STOP_MS_PER_GIB) / gib
-            }
+            (true, true) => 400 + facts.vm.memory.saturating_mul(INTERNAL_STOP_MS_PER_GIB) / gib,
             (true, false) => EXTERNAL_STOP_MS,
             (false, _) if self.suspend => 150,
             (false, _) => 0,
@@ -438,7 +449,11 @@ fn consistency(
                 "VM '{vm}' is paused, so its guest agent cannot answer; resume it first"
             )));
         }
-        draft.decide("consistency", "suspend", "the VM is paused already and stays so");
+        draft.decide(
+            "consistency",
+            "suspend",
+            "the VM is paused already and stays so",
+        );
         return Ok(Way::still(Consistency::Suspend));
     }
     if facts.vm.frozen == Some(true) && create.consistency != Some(Consistency::Crash) {
@@ -603,9 +618,12 @@ fn with_memory(
 /// libvirt's revert puts an overlay on drives with media too: in the medium's
 /// own folder, which has to be there and writable then.
 fn media_covered(create: &Create, facts: &Facts) -> Result<(), Fault> {
-    for disk in facts.vm.disks.iter().filter(|disk| {
-        !matches!(&*disk.device, "disk" | "lun") && disk.source != Source::Empty
-    }) {
+    for disk in facts
+        .vm
+        .disks
+        .iter()
+        .filter(|disk| !matches!(&*disk.device, "disk" | "lun") && disk.source != Source::Empty)
+    {
         let folder = facts
             .folders
             .get(crate::planning::facts::folder_of(&disk.path));

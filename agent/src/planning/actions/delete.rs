@@ -95,10 +95,15 @@ fn one(
     let files = own_files(snapshot);
     if !metadata_only && external {
         mergeable(snapshot, &children, gone, facts)?;
-        let written = snapshot.disks.iter().filter_map(|disk| disk.data.as_deref());
+        let written = snapshot
+            .disks
+            .iter()
+            .filter_map(|disk| disk.data.as_deref());
         checks::not_shared(
             facts,
-            written.chain(files.iter().map(String::as_str)).collect::<Vec<_>>(),
+            written
+                .chain(files.iter().map(String::as_str))
+                .collect::<Vec<_>>(),
         )?;
         merge_fits(snapshot, facts)?;
     }
@@ -106,7 +111,10 @@ fn one(
         internal_deletable(snapshot, facts)?;
         checks::not_shared(
             facts,
-            snapshot.disks.iter().filter_map(|disk| disk.data.as_deref()),
+            snapshot
+                .disks
+                .iter()
+                .filter_map(|disk| disk.data.as_deref()),
         )?;
     }
     let merges = external
@@ -179,7 +187,25 @@ fn mergeable(
         .with("snapshot", &snapshot.name)
         .with("branches", names.join(",")));
     }
-    if let Some(parent) = snapshot.parent.as_deref().and_then(|name| facts.snapshot(name))
+    if snapshot.current && !children.is_empty() {
+        let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
+        return Err(Fault::new(
+            Reason::SnapshotBranches,
+            format!(
+                "the present state stands on snapshot '{}' beside {}, and libvirt cannot merge \
+                 under both; delete {} first, each after its own children",
+                snapshot.name,
+                names.join(", "),
+                names.join(", ")
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("branches", names.join(",")));
+    }
+    if let Some(parent) = snapshot
+        .parent
+        .as_deref()
+        .and_then(|name| facts.snapshot(name))
         && parent.kind == Kind::Internal
     {
         return Err(Fault::new(
@@ -285,15 +311,21 @@ fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
             continue;
         };
         let lower = &vm.chain[at];
-        let room = lower.virtual_size.max(above.virtual_size).saturating_sub(lower.actual_size);
+        let room = lower
+            .virtual_size
+            .max(above.virtual_size)
+            .saturating_sub(lower.actual_size);
         let need = above.actual_size.min(room);
         if let Some(folder) = facts.folders.get(folder_of(data))
             && folder.free < need
         {
-            return Err(
-                crate::planning::files::no_space(facts, folder_of(data), need, folder.free)
-                    .with("image", file_name(data)),
-            );
+            return Err(crate::planning::files::no_space(
+                facts,
+                folder_of(data),
+                need,
+                folder.free,
+            )
+            .with("image", file_name(data)));
         }
     }
     Ok(())

@@ -116,11 +116,17 @@ fn choose<'a>(wanted: &str, facts: &'a Facts, draft: &mut Draft) -> Result<&'a D
     }
     let volume = format!("{}.qcow2", facts.vm.name);
     let disks: Vec<&Disk> = facts.writable_disks().collect();
-    let named = disks
-        .iter()
-        .find(|disk| disk.chain.iter().any(|image| file_name(&image.path) == volume));
+    let named = disks.iter().find(|disk| {
+        disk.chain
+            .iter()
+            .any(|image| file_name(&image.path) == volume)
+    });
     if let Some(disk) = named {
-        draft.decide("resize disk", &disk.target, format!("its volume is {volume}"));
+        draft.decide(
+            "resize disk",
+            &disk.target,
+            format!("its volume is {volume}"),
+        );
         return Ok(disk);
     }
     match disks.as_slice() {

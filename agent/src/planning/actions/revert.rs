@@ -99,7 +99,11 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
             "set state_after to running",
         );
     }
-    draft.change("state", Some(facts.vm.state.name().into()), Some(after.name().into()));
+    draft.change(
+        "state",
+        Some(facts.vm.state.name().into()),
+        Some(after.name().into()),
+    );
     draft.change(
         "current_snapshot",
         facts.current().map(|current| current.name.clone()),

@@ -1,0 +1,139 @@
+use std::sync::mpsc;
+
+use super::*;
+
+fn lanes() -> Lanes {
+    Lanes::new(Duration::from_millis(200), |_| {})
+}
+
+fn call(scope: &str, deadline: Duration) -> Call {
+    Call {
+        operation: "try",
+        subject: format!("domain {scope}"),
+        scope: Some(scope.to_owned()),
+        deadline,
+    }
+}
+
+const LONG: Duration = Duration::from_secs(30);
+const SHORT: Duration = Duration::from_millis(20);
+
+/// A call that hangs until its sender is dropped.
+async fn hang(lanes: &Lanes, lane: Lane, scope: &str) -> (Error, mpsc::Sender<()>) {
+    let (release, hung) = mpsc::channel::<()>();
+    let error = lanes
+        .run(lane, call(scope, SHORT), move || {
+            let _ = hung.recv();
+            Ok(())
+        })
+        .await
+        .expect_err("a hung call is overdue");
+    (error, release)
+}
+
+#[tokio::test]
+async fn a_call_past_its_deadline_is_answered_while_its_thread_goes_on() {
+    let lanes = lanes();
+    let (error, release) = hang(&lanes, Lane::Read, "web").await;
+    assert_eq!(*error.kind(), ErrorKind::Overdue { after: SHORT });
+    assert!(error.outcome_unknown());
+    assert_eq!(lanes.late(), 1);
+    drop(release);
+    lanes.settled("web").await;
+    assert_eq!(lanes.late(), 0);
+}
+
+#[tokio::test]
+async fn after_an_overrun_the_domain_is_busy_until_the_late_call_comes_back() {
+    let lanes = lanes();
+    let (_, release) = hang(&lanes, Lane::Effect, "web").await;
+    let refused = lanes.run(Lane::Read, call("web", LONG), || Ok(1)).await;
+    assert_eq!(*refused.expect_err("busy").kind(), ErrorKind::Busy);
+    assert_eq!(
+        lanes.run(Lane::Release, call("web", LONG), || Ok(2)).await,
+        Ok(2)
+    );
+    assert_eq!(
+        lanes.run(Lane::Read, call("db", LONG), || Ok(3)).await,
+        Ok(3)
+    );
+    drop(release);
+    assert_eq!(
+        lanes.run(Lane::Effect, call("web", LONG), || Ok(4)).await,
+        Ok(4)
+    );
+}
+
+#[tokio::test]
+async fn one_release_at_a_time_is_sent_for_a_domain() {
+    let lanes = lanes();
+    let (_, release) = hang(&lanes, Lane::Release, "web").await;
+    let refused = lanes.run(Lane::Release, call("web", LONG), || Ok(())).await;
+    assert_eq!(*refused.expect_err("busy").kind(), ErrorKind::Busy);
+    drop(release);
+    lanes.settled("web").await;
+    assert_eq!(
+        lanes.run(Lane::Release, call("web", LONG), || Ok(())).await,
+        Ok(())
+    );
+}
+
+#[tokio::test]
+async fn a_panic_in_a_call_is_an_error_and_the_lane_goes_on() {
+    let lanes = lanes();
+    let panicked = lanes
+        .run::<(), _>(Lane::Read, call("web", LONG), || {
+            panic!("unable to drop reference")
+        })
+        .await
+        .expect_err("a panic is an error");
+    assert_eq!(*panicked.kind(), ErrorKind::CallPanicked);
+    assert_eq!(panicked.detail(), "unable to drop reference");
+    assert_eq!(
+        lanes.run(Lane::Read, call("web", LONG), || Ok(7)).await,
+        Ok(7)
+    );
+}
+
+#[tokio::test]
+async fn late_calls_of_many_domains_leave_room_for_releases_and_never_exceed_the_bound() {
+    let lanes = lanes();
+    let mut hung = Vec::new();
+    for n in 0..IN_FLIGHT {
+        hung.push(hang(&lanes, Lane::Read, &format!("vm{n}")).await.1);
+    }
+    assert_eq!(lanes.late(), IN_FLIGHT);
+    let refused = lanes.run(Lane::Read, call("other", LONG), || Ok(())).await;
+    assert_eq!(*refused.expect_err("no place left").kind(), ErrorKind::Busy);
+    assert_eq!(
+        lanes
+            .run(Lane::Release, call("other", LONG), || Ok(()))
+            .await,
+        Ok(())
+    );
+    hung.clear();
+    for n in 0..IN_FLIGHT {
+        lanes.settled(&format!("vm{n}")).await;
+    }
+    assert_eq!(
+        lanes.run(Lane::Read, call("other", LONG), || Ok(())).await,
+        Ok(())
+    );
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_does_not_leave_its_call_uncounted() {
+    let lanes = lanes();
+    let (release, hung) = mpsc::channel::<()>();
+    let gone = lanes.run(Lane::Effect, call("web", SHORT), move || {
+        let _ = hung.recv();
+        Ok(())
+    });
+    let _ = tokio::time::timeout(SHORT / 2, gone).await;
+    while lanes.late() == 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    drop(release);
+    lanes.settled("web").await;
+    assert_eq!(lanes.late(), 0);
+}

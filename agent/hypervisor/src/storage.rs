@@ -1,0 +1,289 @@
+//! Pools and volumes.
+//!
+//! Invariants: sizes are bytes; a pool that does not exist is `None`, because a
+//! host without pools is a host like any other.
+
+use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol, sys};
+
+use crate::{
+    connection::Hypervisor,
+    definition::{child, child_text, document},
+    error::{Error, ErrorKind, Fault, What},
+    lanes::Lane,
+};
+
+/// A pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolInfo {
+    /// Name.
+    pub name: String,
+    /// In use by libvirt.
+    pub active: bool,
+    /// Type.
+    pub kind: String,
+    /// Path of its target.
+    pub path: Option<String>,
+    /// Size.
+    pub capacity: u64,
+    /// In use.
+    pub allocation: u64,
+    /// Free.
+    pub available: u64,
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeInfo {
+    /// Its pool.
+    pub pool: String,
+    /// Name.
+    pub name: String,
+    /// Path.
+    pub path: String,
+    /// Format.
+    pub format: Option<String>,
+    /// Size that a guest would see.
+    pub capacity: u64,
+    /// Bytes that it takes.
+    pub allocation: u64,
+    /// Its backing file.
+    pub backing_path: Option<String>,
+}
+
+fn subject(pool: &str) -> String {
+    format!("pool {pool}")
+}
+
+/// The scope that a hang of a pool's call belongs to: pools share no lock with
+/// domains.
+fn scope(pool: &str) -> String {
+    format!("pool:{pool}")
+}
+
+fn pool_info(pool: &StoragePool) -> Result<PoolInfo, Fault> {
+    let info = pool.info()?;
+    let xml = pool.xml_desc(0)?;
+    let document = document(&xml)?;
+    let root = document.root_element();
+    Ok(PoolInfo {
+        name: pool.name()?,
+        active: pool.is_active()?,
+        kind: root.attribute("type").unwrap_or_default().to_owned(),
+        path: child(root, "target")
+            .and_then(|target| child_text(target, "path"))
+            .map(str::to_owned),
+        capacity: info.capacity,
+        allocation: info.allocation,
+        available: info.available,
+    })
+}
+
+fn volume_info(pool: &str, volume: &StorageVol) -> Result<VolumeInfo, Fault> {
+    let xml = volume.xml_desc(0)?;
+    let document = document(&xml)?;
+    let root = document.root_element();
+    let format = |node| {
+        child(node, "format")
+            .and_then(|format| format.attribute("type"))
+            .map(str::to_owned)
+    };
+    // libvirt writes sizes of volumes in bytes.
+    let bytes = |tag| {
+        child_text(root, tag)
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0)
+    };
+    Ok(VolumeInfo {
+        pool: pool.to_owned(),
+        name: volume.name()?,
+        path: volume.path()?,
+        format: child(root, "target").and_then(format),
+        capacity: bytes("capacity"),
+        allocation: bytes("allocation"),
+        backing_path: child(root, "backingStore")
+            .and_then(|store| child_text(store, "path"))
+            .map(str::to_owned),
+    })
+}
+
+/// `None` for what is not there.
+fn optional<T>(result: Result<T, virt::error::Error>) -> Result<Option<T>, Fault> {
+    match result.map_err(Fault::from) {
+        Ok(found) => Ok(Some(found)),
+        Err(fault) if matches!(fault.kind, ErrorKind::NotFound(_)) => Ok(None),
+        // A driver without storage has no pools.
+        Err(fault) if fault.kind == ErrorKind::Unsupported => Ok(None),
+        Err(fault) => Err(fault),
+    }
+}
+
+impl Hypervisor {
+    /// A pool by name.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn pool(&self, pool: &str) -> Result<Option<PoolInfo>, Error> {
+        let name = pool.to_owned();
+        self.read(
+            "look at",
+            subject(pool),
+            Some(&scope(pool)),
+            move |connection| {
+                optional(connection.lookup_storage_pool_by_name(&name))?
+                    .map(|pool| pool_info(&pool))
+                    .transpose()
+            },
+        )
+        .await
+    }
+
+    /// All pools.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn pools(&self) -> Result<Vec<PoolInfo>, Error> {
+        self.read(
+            "list the pools of",
+            "the host",
+            None,
+            |connection: &Connect| {
+                let pools = optional(connection.list_all_storage_pools(0))?.unwrap_or_default();
+                pools.iter().map(pool_info).collect()
+            },
+        )
+        .await
+    }
+
+    /// Volumes of an active pool.
+    ///
+    /// # Errors
+    /// When there is no such pool, it is not active, or libvirt does not answer.
+    pub async fn volumes(&self, pool: &str) -> Result<Vec<VolumeInfo>, Error> {
+        let name = pool.to_owned();
+        self.read(
+            "list the volumes of",
+            subject(pool),
+            Some(&scope(pool)),
+            move |connection| {
+                let pool = connection.lookup_storage_pool_by_name(&name)?;
+                let mut all = Vec::new();
+                for volume in pool.list_all_volumes(0)? {
+                    match volume_info(&name, &volume) {
+                        Ok(info) => all.push(info),
+                        // Gone since it was listed.
+                        Err(fault) if fault.kind == ErrorKind::NotFound(What::Volume) => {}
+                        Err(fault) => return Err(fault),
+                    }
+                }
+                Ok(all)
+            },
+        )
+        .await
+    }
+
+    /// The volume at a path, if any active pool has it.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn volume_by_path(&self, path: &str) -> Result<Option<VolumeInfo>, Error> {
+        let path = path.to_owned();
+        self.read(
+            "look for a volume at",
+            path.clone(),
+            None,
+            move |connection| {
+                for pool in optional(
+                    connection.list_all_storage_pools(sys::VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE),
+                )?
+                .unwrap_or_default()
+                {
+                    let name = pool.name()?;
+                    for volume in pool.list_all_volumes(0)? {
+                        if volume.path()? == path {
+                            return volume_info(&name, &volume).map(Some);
+                        }
+                    }
+                }
+                Ok(None)
+            },
+        )
+        .await
+    }
+
+    /// Makes libvirt look at a pool anew: it does not see files that it did not
+    /// make as volumes, overlays among them.
+    ///
+    /// # Errors
+    /// When a long job holds the pool, or libvirt does not answer.
+    pub async fn pool_refresh(&self, pool: &str) -> Result<(), Error> {
+        let name = pool.to_owned();
+        let deadline = self.0.options.read_deadline;
+        self.once(
+            Lane::Effect,
+            "refresh",
+            subject(pool),
+            &scope(pool),
+            deadline,
+            move |connection| {
+                connection.lookup_storage_pool_by_name(&name)?.refresh(0)?;
+                Ok(())
+            },
+        )
+        .await
+    }
+
+    /// Changes the size of a volume that nobody has open.
+    ///
+    /// # Errors
+    /// When it is in use, would shrink without `shrink`, or libvirt refuses.
+    pub async fn volume_resize(
+        &self,
+        pool: &str,
+        volume: &str,
+        bytes: u64,
+        shrink: bool,
+    ) -> Result<(), Error> {
+        let (pool_name, name) = (pool.to_owned(), volume.to_owned());
+        let flags = if shrink {
+            sys::VIR_STORAGE_VOL_RESIZE_SHRINK
+        } else {
+            0
+        };
+        let deadline = self.0.options.transfer_deadline;
+        self.once(
+            Lane::Effect,
+            "resize",
+            format!("volume {volume} of pool {pool}"),
+            &scope(pool),
+            deadline,
+            move |connection| {
+                let pool = connection.lookup_storage_pool_by_name(&pool_name)?;
+                Ok(pool
+                    .lookup_storage_vol_by_name(&name)?
+                    .resize(bytes, flags)?)
+            },
+        )
+        .await
+    }
+
+    /// Deletes a volume. libvirt deletes one in use too: callers look before.
+    ///
+    /// # Errors
+    /// When it is not there, or libvirt refuses.
+    pub async fn volume_delete(&self, pool: &str, volume: &str) -> Result<(), Error> {
+        let (pool_name, name) = (pool.to_owned(), volume.to_owned());
+        let deadline = self.0.options.effect_deadline;
+        self.once(
+            Lane::Effect,
+            "delete",
+            format!("volume {volume} of pool {pool}"),
+            &scope(pool),
+            deadline,
+            move |connection| {
+                let pool = connection.lookup_storage_pool_by_name(&pool_name)?;
+                Ok(pool.lookup_storage_vol_by_name(&name)?.delete(0)?)
+            },
+        )
+        .await
+    }
+}
