@@ -1,0 +1,199 @@
+//! An agent of a test's own, as a process.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::{Child, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::Signal;
+
+use crate::{
+    command::{self, end},
+    domain::Lab,
+    paths,
+    wait::eventually_some,
+};
+
+/// An agent; stopped when dropped, its log shown when the test failed.
+#[derive(Debug)]
+pub struct Agent {
+    lab: Lab,
+    folder: PathBuf,
+    child: Option<Child>,
+    environment: Vec<(String, String)>,
+}
+
+impl Lab {
+    /// Starts an agent, with `more` lines of configuration.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn agent(&self, more: &str) -> Result<Agent> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let folder = self.folder.join(format!("a{}-{number}", std::process::id()));
+        fs::create_dir(&folder)?;
+        self.own(&folder)?;
+        let shown = folder.display();
+        let tcp = if more.contains("[listen]") {
+            String::new()
+        } else {
+            format!("[listen]\nsocket = \"{shown}/s\"\ntcp = \"127.0.0.1:0\"\nsocket_mode = \"0666\"\n")
+        };
+        self.write(
+            &folder.join("agent.toml"),
+            &format!(
+                "[libvirt]\nuri = \"qemu:///session\"\n{tcp}[journal]\npath = \"{shown}/journal.db\"\n\
+                 [log]\nlevel = \"vmsnap_agent=debug,vmsnap_hypervisor=debug,info\"\n{more}"
+            ),
+        )?;
+        let mut agent = Agent {
+            lab: self.clone(),
+            folder,
+            child: None,
+            environment: Vec::new(),
+        };
+        agent.start()?;
+        Ok(agent)
+    }
+
+    /// The agent's program, where the lab's user may run it even when the
+    /// checkout lies in a folder that only its owner may enter.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn agent_program(&self) -> Result<PathBuf> {
+        let built = paths::binary("vmsnap-agent")?;
+        let stamp = fs::metadata(&built)?
+            .modified()?
+            .duration_since(std::time::UNIX_EPOCH)?
+            .as_millis();
+        let copy = self.folder.join(format!("vmsnap-agent-{stamp}"));
+        if !copy.exists() {
+            let fresh = self.folder.join(format!("vmsnap-agent-{stamp}.{}", std::process::id()));
+            fs::copy(&built, &fresh)?;
+            fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
+            fs::rename(&fresh, &copy)?;
+        }
+        Ok(copy)
+    }
+}
+
+impl Agent {
+    /// Its socket, as callers name it.
+    #[must_use]
+    pub fn address(&self) -> String {
+        format!("unix://{}/s", self.folder.display())
+    }
+
+    /// Its loopback TCP address, as its log tells.
+    ///
+    /// # Errors
+    /// When it serves none.
+    pub fn tcp(&self) -> Result<String> {
+        let log = self.log();
+        log.rsplit("tcp=")
+            .next()
+            .and_then(|rest| rest.split_whitespace().next())
+            .filter(|address| address.contains(':'))
+            .map(str::to_owned)
+            .context("the agent's log names no TCP address")
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn folder(&self) -> &std::path::Path {
+        &self.folder
+    }
+
+    /// What it logged.
+    #[must_use]
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// Sets a variable of its environment for the next start.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Starts it, and waits until it serves.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn start(&mut self) -> Result<()> {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.join("log"))?;
+        let before = self.log().matches("serving socket=").count();
+        let mut command = self.lab.command(self.lab.agent_program()?);
+        command
+            .args(["serve", "--config"])
+            .arg(self.folder.join("agent.toml"))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let mut child = command.spawn().context("the agent cannot be started")?;
+        let up = eventually_some(Duration::from_secs(60), "agent that serves", || {
+            if let Some(status) = child.try_wait()? {
+                bail!("the agent ended with {status}:\n{}", self.log());
+            }
+            Ok((self.log().matches("serving socket=").count() > before).then_some(()))
+        });
+        self.child = Some(child);
+        up
+    }
+
+    /// Kills it without a word, as a crash would.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Tells it to stop and waits.
+    pub fn stop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            end(&mut child, Duration::from_secs(60));
+        }
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(pid) = self.pid() {
+            command::signal(pid, signal);
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            end(&mut child, Duration::from_secs(10));
+        }
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let tail = lines.len().saturating_sub(80);
+            #[expect(clippy::print_stderr, reason = "a failed test shows what the agent said")]
+            {
+                eprintln!("--- the agent's log ---\n{}", lines[tail..].join("\n"));
+            }
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}

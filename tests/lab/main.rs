@@ -1,0 +1,84 @@
+//! `vmsnap-lab`: the lab from the command line.
+
+mod demo;
+
+use std::{process::ExitCode, sync::atomic::AtomicBool, sync::atomic::Ordering, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use vmsnap_tests::{OwnedLab, image::Image};
+
+/// A private libvirt daemon with real guests, for tests and the demo.
+#[derive(Debug, Parser)]
+#[command(name = "vmsnap-lab")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Build the guest's image.
+    Image,
+    /// Start a lab, run a command in it, take it down.
+    Up {
+        /// Number of Linux guests.
+        #[arg(long, default_value_t = 2)]
+        guests: u32,
+        /// The command, with its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// The main job, from a snapshot to its clean-up, on a real guest.
+    Demo,
+}
+
+fn main() -> ExitCode {
+    // The lab is taken down by its owner's drop: a signal only says so.
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        if let Err(error) = signal_hook::flag::register(signal, flag()) {
+            complain(&format!("signals cannot be handled: {error}"));
+        }
+    }
+    let result = match Arguments::parse().command {
+        Verb::Image => Image::build().map(|_| 0),
+        Verb::Up { guests, command } => up(guests, &command),
+        Verb::Demo => demo::run(&INTERRUPT),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+static INTERRUPT: std::sync::LazyLock<std::sync::Arc<AtomicBool>> = std::sync::LazyLock::new(Default::default);
+
+fn flag() -> std::sync::Arc<AtomicBool> {
+    INTERRUPT.clone()
+}
+
+fn up(guests: u32, words: &[String]) -> Result<u8> {
+    let lab = OwnedLab::start(guests)?;
+    let mut child = lab
+        .with(&words[0], &words[1..])
+        .spawn()
+        .with_context(|| format!("'{}' cannot be run", words[0]))?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.code().map_or(1, |code| u8::try_from(code).unwrap_or(1)));
+        }
+        if INTERRUPT.load(Ordering::Relaxed) {
+            vmsnap_tests::command::end(&mut child, Duration::from_secs(10));
+            return Ok(130);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "problems go to stderr")]
+fn complain(problem: &str) {
+    eprintln!("vmsnap-lab: {problem}");
+}
