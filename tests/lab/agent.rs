@@ -36,14 +36,18 @@ impl Lab {
     pub fn agent(&self, more: &str) -> Result<Agent> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let folder = self.folder.join(format!("a{}-{number}", std::process::id()));
+        let folder = self
+            .folder
+            .join(format!("a{}-{number}", std::process::id()));
         fs::create_dir(&folder)?;
         self.own(&folder)?;
         let shown = folder.display();
         let tcp = if more.contains("[listen]") {
             String::new()
         } else {
-            format!("[listen]\nsocket = \"{shown}/s\"\ntcp = \"127.0.0.1:0\"\nsocket_mode = \"0666\"\n")
+            format!(
+                "[listen]\nsocket = \"{shown}/s\"\ntcp = \"127.0.0.1:0\"\nsocket_mode = \"0666\"\n"
+            )
         };
         self.write(
             &folder.join("agent.toml"),
@@ -75,7 +79,9 @@ impl Lab {
             .as_millis();
         let copy = self.folder.join(format!("vmsnap-agent-{stamp}"));
         if !copy.exists() {
-            let fresh = self.folder.join(format!("vmsnap-agent-{stamp}.{}", std::process::id()));
+            let fresh = self
+                .folder
+                .join(format!("vmsnap-agent-{stamp}.{}", std::process::id()));
             fs::copy(&built, &fresh)?;
             fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
             fs::rename(&fresh, &copy)?;
@@ -189,7 +195,10 @@ impl Drop for Agent {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
             let tail = lines.len().saturating_sub(80);
-            #[expect(clippy::print_stderr, reason = "a failed test shows what the agent said")]
+            #[expect(
+                clippy::print_stderr,
+                reason = "a failed test shows what the agent said"
+            )]
             {
                 eprintln!("--- the agent's log ---\n{}", lines[tail..].join("\n"));
             }

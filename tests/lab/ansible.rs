@@ -88,7 +88,9 @@ impl Lab {
         let folder = self.folder.join(format!(
             "play-{}-{}",
             std::process::id(),
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos()
+            std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)?
+                .as_nanos()
         ));
         fs::create_dir(&folder)?;
         let file = folder.join("play.yml");
@@ -96,7 +98,11 @@ impl Lab {
         let mut command = tool("ansible-playbook");
         command
             .args(["-i", "localhost,", "-c", "local", "-e"])
-            .arg(format!("kept={} ansible_python_interpreter={}", folder.display(), paths::python_tool("python3").display()))
+            .arg(format!(
+                "kept={} ansible_python_interpreter={}",
+                folder.display(),
+                paths::python_tool("python3").display()
+            ))
             .args(arguments)
             .arg(&file)
             .current_dir(&folder);

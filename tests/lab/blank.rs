@@ -50,18 +50,35 @@ impl Lab {
     /// When libvirt or qemu-img refuses.
     pub fn blank(&self, spec: &BlankSpec) -> Result<Blank> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("b{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "b{}x{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         let folder = spec.folder.clone().unwrap_or_else(|| self.images());
-        let size = format!("{}M", if spec.disk_mib == 0 { 64 } else { spec.disk_mib });
+        let size = format!(
+            "{}M",
+            if spec.disk_mib == 0 {
+                64
+            } else {
+                spec.disk_mib
+            }
+        );
         let mut disks = String::new();
         let first = ("vda".to_owned(), "qcow2".to_owned(), false);
         for (target, format, readonly) in std::iter::once(&first).chain(&spec.disks) {
-            let stem = if target == "vda" { name.clone() } else { format!("{name}-{target}") };
+            let stem = if target == "vda" {
+                name.clone()
+            } else {
+                format!("{name}-{target}")
+            };
             let path = folder.join(format!("{stem}.{format}"));
             let shown = path.display().to_string();
             match (&spec.backing, target.as_str()) {
                 (Some(backing), "vda") => {
-                    self.qemu_img(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, &shown])?;
+                    self.qemu_img([
+                        "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, &shown,
+                    ])?;
                 }
                 _ => {
                     self.qemu_img(["create", "-q", "-f", format, &shown, &size])?;

@@ -87,7 +87,10 @@ impl Lab {
     ///
     /// # Errors
     /// When it fails, with its words.
-    pub fn qemu_img<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Result<String> {
+    pub fn qemu_img<A: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Result<String> {
         succeed(self.command("qemu-img").args(arguments))
     }
 
@@ -168,11 +171,20 @@ impl Domain {
     /// When qemu-img fails.
     pub fn chain(&self, target: &str) -> Result<Vec<String>> {
         let path = self.disk(target)?;
-        let text = self.lab.qemu_img(["info", "-U", "--backing-chain", "--output=json", &path])?;
+        let text = self
+            .lab
+            .qemu_img(["info", "-U", "--backing-chain", "--output=json", &path])?;
         let images: Vec<Value> = serde_json::from_str(&text)?;
         Ok(images
             .iter()
-            .filter_map(|image| Some(Path::new(image["filename"].as_str()?).file_name()?.to_string_lossy().into_owned()))
+            .filter_map(|image| {
+                Some(
+                    Path::new(image["filename"].as_str()?)
+                        .file_name()?
+                        .to_string_lossy()
+                        .into_owned(),
+                )
+            })
             .collect())
     }
 
@@ -182,7 +194,12 @@ impl Domain {
     /// When virsh fails.
     pub fn snapshots(&self) -> Result<Vec<String>> {
         let list = self.virsh("snapshot-list", &["--name"])?;
-        Ok(list.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect())
+        Ok(list
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .map(str::to_owned)
+            .collect())
     }
 
     /// A snapshot's parent; empty for a root.
@@ -194,8 +211,12 @@ impl Domain {
         let document = roxmltree::Document::parse(&xml)?;
         let root = document.root_element();
         let parent = root.children().find(|node| node.has_tag_name("parent"));
-        let name = parent.and_then(|parent| parent.children().find(|node| node.has_tag_name("name")));
-        Ok(name.and_then(|name| name.text()).unwrap_or_default().to_owned())
+        let name =
+            parent.and_then(|parent| parent.children().find(|node| node.has_tag_name("name")));
+        Ok(name
+            .and_then(|name| name.text())
+            .unwrap_or_default()
+            .to_owned())
     }
 
     /// Checks the active image of a disk while nobody writes it.
@@ -256,7 +277,8 @@ impl Domain {
             {"path": "/bin/sh", "arg": ["-c", line], "capture-output": true}}))?;
         let pid = started["pid"].as_i64().context("guest-exec gives a pid")?;
         let ended = eventually_some(ANSWER, "end of the command in the guest", || {
-            let status = self.agent(&json!({"execute": "guest-exec-status", "arguments": {"pid": pid}}))?;
+            let status =
+                self.agent(&json!({"execute": "guest-exec-status", "arguments": {"pid": pid}}))?;
             Ok((status["exited"] == true).then_some(status))
         })?;
         let text = |key: &str| {
@@ -310,7 +332,8 @@ impl Domain {
         let mut files: Vec<String> = fs::read_dir(self.lab.images())?
             .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
             .filter(|name| {
-                name.strip_prefix(&self.name).is_some_and(|rest| rest.starts_with(['.', '-']))
+                name.strip_prefix(&self.name)
+                    .is_some_and(|rest| rest.starts_with(['.', '-']))
             })
             .collect();
         files.sort();

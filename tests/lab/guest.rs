@@ -60,7 +60,11 @@ fn saved(lab: &Lab, name: &str) -> (PathBuf, PathBuf) {
 
 /// Boots all guests of a lab at once and keeps the state that tests begin with.
 pub(crate) fn boot(lab: &Lab, image: &Image) -> Result<()> {
-    for (from, to) in [(&image.kernel, "vmlinuz"), (&image.initrd, "initrd.img"), (&image.key, "key")] {
+    for (from, to) in [
+        (&image.kernel, "vmlinuz"),
+        (&image.initrd, "initrd.img"),
+        (&image.key, "key"),
+    ] {
         let to = lab.folder.join(to);
         fs::copy(from, &to)?;
         lab.own(&to)?;
@@ -76,7 +80,9 @@ pub(crate) fn boot(lab: &Lab, image: &Image) -> Result<()> {
     }
     for (name, _) in &lab.guests {
         let domain = lab.domain(name);
-        domain.answers(BOOT).with_context(|| format!("guest {name} does not boot"))?;
+        domain
+            .answers(BOOT)
+            .with_context(|| format!("guest {name} does not boot"))?;
         domain.lives()?;
         let (state, disk) = saved(lab, name);
         lab.virsh(["save".as_ref(), name.as_ref(), state.as_os_str()])?;
@@ -151,8 +157,20 @@ impl Guest {
     pub fn ssh(&self, line: &str) -> Result<String> {
         let key = self.lab.folder.join("key");
         succeed(self.lab.command("ssh").args(["-i"]).arg(key).args([
-            "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
-            "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-p", &self.ssh_port.to_string(), "root@127.0.0.1", line,
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "LogLevel=ERROR",
+            "-o",
+            "BatchMode=yes",
+            "-o",
+            "ConnectTimeout=10",
+            "-p",
+            &self.ssh_port.to_string(),
+            "root@127.0.0.1",
+            line,
         ]))
     }
 
@@ -163,7 +181,10 @@ impl Guest {
     pub fn console(&self) -> Result<String> {
         let path = self.lab.folder.join(format!("{}.console", self.name));
         let text = String::from_utf8_lossy(&fs::read(path)?).into_owned();
-        let beat = text.lines().rev().find(|line| line.starts_with("vmsnap counter="));
+        let beat = text
+            .lines()
+            .rev()
+            .find(|line| line.starts_with("vmsnap counter="));
         Ok(beat.context("the console shows no beat")?.to_owned())
     }
 }

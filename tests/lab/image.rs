@@ -26,7 +26,13 @@ const UDHCPC: &str = include_str!("image/udhcpc.sh");
 const SHUTDOWN: &str = include_str!("image/shutdown");
 const HOOK: &str = include_str!("image/fsfreeze-hook");
 /// Modules that the guest needs, with all that they need.
-const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "ext4"];
+const MODULES: [&str; 5] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "ext4",
+];
 /// Raised when this file builds something else from the same inputs.
 const BUILDER: u32 = 1;
 
@@ -64,12 +70,19 @@ impl Image {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         let unpacked = folder.join("packages");
-        for package in kernel_packages()?.iter().map(String::as_str).chain(["qemu-guest-agent"]) {
+        for package in kernel_packages()?
+            .iter()
+            .map(String::as_str)
+            .chain(["qemu-guest-agent"])
+        {
             unpack(&folder, &unpacked, package)?;
         }
         let boot = newest(&unpacked.join("boot"), "vmlinuz-")?;
         fs::copy(&boot, &image.kernel)?;
-        succeed(&mut command("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f"]).arg_path(&image.key))?;
+        succeed(
+            &mut command("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f"])
+                .arg_path(&image.key),
+        )?;
         let root = folder.join("root");
         layout(&root, &unpacked, &image.key)?;
         pack(&root, &image.initrd)?;
@@ -101,7 +114,8 @@ impl ArgPath for Command {
 }
 
 fn tool(name: &str) -> Result<PathBuf> {
-    paths::program(name).with_context(|| format!("{name} is missing: cargo xtask setup installs it"))
+    paths::program(name)
+        .with_context(|| format!("{name} is missing: cargo xtask setup installs it"))
 }
 
 /// The packages that hold the distribution's kernel for virtual machines and its
@@ -139,7 +153,11 @@ fn unpack(folder: &Path, into: &Path, package: &str) -> Result<()> {
     succeed(command("apt-get", ["download", "-q", package]).current_dir(&download))
         .with_context(|| format!("package {package} cannot be downloaded"))?;
     for deb in fs::read_dir(&download)? {
-        succeed(&mut command("dpkg-deb", ["-x"]).arg_path(&deb?.path()).arg_path(into))?;
+        succeed(
+            &mut command("dpkg-deb", ["-x"])
+                .arg_path(&deb?.path())
+                .arg_path(into),
+        )?;
     }
     fs::remove_dir_all(&download)?;
     Ok(())
@@ -149,10 +167,15 @@ fn newest(folder: &Path, prefix: &str) -> Result<PathBuf> {
     let mut found: Vec<PathBuf> = fs::read_dir(folder)
         .with_context(|| format!("{} is not there", folder.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(prefix))
+        })
         .collect();
     found.sort();
-    found.pop().with_context(|| format!("no {prefix}* in {}", folder.display()))
+    found
+        .pop()
+        .with_context(|| format!("no {prefix}* in {}", folder.display()))
 }
 
 fn install(text: &str, path: &Path) -> Result<()> {
@@ -165,7 +188,20 @@ fn install(text: &str, path: &Path) -> Result<()> {
 }
 
 fn layout(root: &Path, unpacked: &Path, key: &Path) -> Result<()> {
-    for folder in ["bin", "sbin", "dev", "proc", "sys", "data", "run", "tmp", "etc", "root", "lib/modules", "var/log"] {
+    for folder in [
+        "bin",
+        "sbin",
+        "dev",
+        "proc",
+        "sys",
+        "data",
+        "run",
+        "tmp",
+        "etc",
+        "root",
+        "lib/modules",
+        "var/log",
+    ] {
         fs::create_dir_all(root.join(folder))?;
     }
     symlink("/run", root.join("var/run"))?;
@@ -193,7 +229,10 @@ fn binary(root: &Path, program: &Path) -> Result<()> {
         "{} needs libraries that are not installed:\n{listed}",
         program.display()
     );
-    for word in listed.split_whitespace().filter(|word| word.starts_with('/')) {
+    for word in listed
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
         let target = root.join(word.trim_start_matches('/'));
         if let Some(folder) = target.parent() {
             fs::create_dir_all(folder)?;
@@ -212,7 +251,11 @@ fn modules(root: &Path, unpacked: &Path) -> Result<()> {
     let version = newest(&unpacked.join("lib/modules"), "")?;
     let name = version.file_name().context("a version has a name")?;
     // Packages leave this list to be made when they are installed.
-    succeed(&mut command(tool("depmod")?, ["-b"]).arg_path(unpacked).arg_path(Path::new(name)))?;
+    succeed(
+        &mut command(tool("depmod")?, ["-b"])
+            .arg_path(unpacked)
+            .arg_path(Path::new(name)),
+    )?;
     let builtin: BTreeSet<String> = fs::read_to_string(version.join("modules.builtin"))?
         .lines()
         .map(module_name)
@@ -227,7 +270,9 @@ fn modules(root: &Path, unpacked: &Path) -> Result<()> {
             .lines()
             .find(|line| module_name(line.split(':').next().unwrap_or_default()) == wanted)
             .with_context(|| format!("the kernel has no module {wanted}"))?;
-        let (module, needs) = line.split_once(':').context("a line of modules.dep has a colon")?;
+        let (module, needs) = line
+            .split_once(':')
+            .context("a line of modules.dep has a colon")?;
         // Each needs those after it: the last is loaded first.
         for path in needs.split_whitespace().rev().chain([module]) {
             let name = format!("{}.ko", module_name(path));
@@ -261,7 +306,12 @@ fn decompress(from: &Path, to: &Path) -> Result<()> {
         None,
         crate::command::DEADLINE,
     )?;
-    ensure!(output.status == 0, "{} cannot be unpacked: {}", from.display(), output.complaint());
+    ensure!(
+        output.status == 0,
+        "{} cannot be unpacked: {}",
+        from.display(),
+        output.complaint()
+    );
     fs::write(to, output.stdout)?;
     Ok(())
 }

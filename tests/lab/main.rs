@@ -35,7 +35,11 @@ enum Verb {
 
 fn main() -> ExitCode {
     // The lab is taken down by its owner's drop: a signal only says so.
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+    for signal in [
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGHUP,
+    ] {
         if let Err(error) = signal_hook::flag::register(signal, flag()) {
             complain(&format!("signals cannot be handled: {error}"));
         }
@@ -54,7 +58,8 @@ fn main() -> ExitCode {
     }
 }
 
-static INTERRUPT: std::sync::LazyLock<std::sync::Arc<AtomicBool>> = std::sync::LazyLock::new(Default::default);
+static INTERRUPT: std::sync::LazyLock<std::sync::Arc<AtomicBool>> =
+    std::sync::LazyLock::new(Default::default);
 
 fn flag() -> std::sync::Arc<AtomicBool> {
     INTERRUPT.clone()
@@ -68,7 +73,9 @@ fn up(guests: u32, words: &[String]) -> Result<u8> {
         .with_context(|| format!("'{}' cannot be run", words[0]))?;
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(status.code().map_or(1, |code| u8::try_from(code).unwrap_or(1)));
+            return Ok(status
+                .code()
+                .map_or(1, |code| u8::try_from(code).unwrap_or(1)));
         }
         if INTERRUPT.load(Ordering::Relaxed) {
             vmsnap_tests::command::end(&mut child, Duration::from_secs(10));

@@ -59,7 +59,13 @@ impl OwnedLab {
         let lab = self.lab.clone();
         fs::set_permissions(&lab.folder, fs::Permissions::from_mode(0o755))?;
         lab.own(&lab.folder)?;
-        for (name, mode) in [("run", 0o700), ("config", 0o700), ("cache", 0o700), ("data", 0o700), ("img", 0o755)] {
+        for (name, mode) in [
+            ("run", 0o700),
+            ("config", 0o700),
+            ("cache", 0o700),
+            ("data", 0o700),
+            ("img", 0o755),
+        ] {
             let path = lab.folder.join(name);
             fs::create_dir(&path)?;
             fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
@@ -78,11 +84,19 @@ impl OwnedLab {
                 .with_context(|| format!("{daemon} cannot be started"))?;
             self.daemons.push(child);
         }
-        eventually_some(Duration::from_secs(60), "answer of the private libvirt daemon", || {
-            lab.virsh(["version"]).map(Some)
-        })?;
+        eventually_some(
+            Duration::from_secs(60),
+            "answer of the private libvirt daemon",
+            || lab.virsh(["version"]).map(Some),
+        )?;
         let images = lab.images();
-        lab.virsh(["pool-define-as".as_ref(), "default".as_ref(), "dir".as_ref(), "--target".as_ref(), images.as_os_str()])?;
+        lab.virsh([
+            "pool-define-as".as_ref(),
+            "default".as_ref(),
+            "dir".as_ref(),
+            "--target".as_ref(),
+            images.as_os_str(),
+        ])?;
         lab.virsh(["pool-start", "default"])?;
         lab.write(&lab.folder.join("lab.json"), &serde_json::to_string(&lab)?)?;
         guest::boot(&lab, image)
@@ -91,7 +105,9 @@ impl OwnedLab {
     /// A command with the lab's folder in its environment.
     pub fn with(&self, program: &str, arguments: &[String]) -> Command {
         let mut command = Command::new(program);
-        command.args(arguments).env(crate::domain::LAB, &self.lab.folder);
+        command
+            .args(arguments)
+            .env(crate::domain::LAB, &self.lab.folder);
         command
     }
 }

@@ -1,0 +1,82 @@
+//! Running programs, and saying so.
+
+use std::{
+    ffi::OsStr,
+    path::Path,
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// A command with arguments, in the checkout's folder.
+pub fn command<A: AsRef<OsStr>>(
+    program: impl AsRef<OsStr>,
+    arguments: impl IntoIterator<Item = A>,
+) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(crate::checkout());
+    command
+}
+
+/// cargo, as it runs us.
+pub fn cargo<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    command(cargo, arguments)
+}
+
+/// Runs one step with the terminal, and says how long it took.
+///
+/// # Errors
+/// When it fails.
+pub fn step(name: &str, mut command: Command) -> Result<()> {
+    say(&format!("── {name}"));
+    let since = Instant::now();
+    let status = command.status().with_context(|| {
+        format!(
+            "{name}: '{}' cannot be run",
+            command.get_program().display()
+        )
+    })?;
+    if !status.success() {
+        bail!("{name} failed ({status})");
+    }
+    say(&format!(
+        "── {name}: done in {:.1} s",
+        since.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
+
+/// What a command prints; `None` when it fails or is not there.
+pub fn output(mut command: Command) -> Option<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Looks a program up on `PATH` and where system programs lie.
+pub fn find(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|folder| Path::new(&folder).join(name).is_file())
+}
+
+/// Says something to whoever watches.
+#[expect(clippy::print_stdout, reason = "what is done is told")]
+pub fn say(text: &str) {
+    println!("{text}");
+}
+
+/// Says what went wrong.
+#[expect(clippy::print_stderr, reason = "problems go to stderr")]
+pub fn complain(text: &str) {
+    eprintln!("xtask: {text}");
+}
