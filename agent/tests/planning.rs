@@ -338,7 +338,7 @@ fn touched(plan: &Plan, facts: &Facts) -> Vec<String> {
                 metadata_only,
                 ..
             } => {
-                touched.extend(files.iter().cloned().filter(|_| !metadata_only));
+                touched.extend(files.iter().filter(|_| !metadata_only).cloned());
                 if !metadata_only {
                     let one = facts.snapshot(name).unwrap();
                     touched.extend(one.disks.iter().filter_map(|disk| disk.data.clone()));

@@ -324,12 +324,19 @@ impl Domain {
         })
     }
 
-    /// Files of this domain in the pool's folder, sorted.
+    /// The folder of this domain's disks: Linux guests have one of their own.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        let own = self.lab.images().join(&self.name);
+        if own.is_dir() { own } else { self.lab.images() }
+    }
+
+    /// Files of this domain in its folder, sorted.
     ///
     /// # Errors
     /// When the folder cannot be read.
     pub fn files(&self) -> Result<Vec<String>> {
-        let mut files: Vec<String> = fs::read_dir(self.lab.images())?
+        let mut files: Vec<String> = fs::read_dir(self.folder())?
             .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
             .filter(|name| {
                 name.strip_prefix(&self.name)

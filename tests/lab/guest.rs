@@ -42,7 +42,7 @@ fn definition(lab: &Lab, name: &str, port: u16) -> String {
          <initrd>{folder}/initrd.img</initrd><cmdline>console=ttyS0 quiet panic=1 vmsnap.name={name}</cmdline></os>\
          <features><acpi/></features><devices>\
          <disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
-         <source file='{folder}/img/{name}.qcow2'/><target dev='vda' bus='virtio'/></disk>\
+         <source file='{folder}/img/{name}/{name}.qcow2'/><target dev='vda' bus='virtio'/></disk>\
          <serial type='file'><source path='{folder}/{name}.console' append='on'/></serial>\
          <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
          <interface type='user'><backend type='passt'/><model type='virtio'/>\
@@ -70,7 +70,10 @@ pub(crate) fn boot(lab: &Lab, image: &Image) -> Result<()> {
         lab.own(&to)?;
     }
     for (name, port) in &lab.guests {
-        let disk = lab.images().join(format!("{name}.qcow2"));
+        let own = lab.images().join(name);
+        fs::create_dir(&own)?;
+        lab.own(&own)?;
+        let disk = own.join(format!("{name}.qcow2"));
         fs::copy(&image.data, &disk)?;
         lab.own(&disk)?;
         let xml = lab.folder.join(format!("{name}.xml"));
@@ -86,7 +89,7 @@ pub(crate) fn boot(lab: &Lab, image: &Image) -> Result<()> {
         domain.lives()?;
         let (state, disk) = saved(lab, name);
         lab.virsh(["save".as_ref(), name.as_ref(), state.as_os_str()])?;
-        fs::copy(lab.images().join(format!("{name}.qcow2")), &disk)?;
+        fs::copy(domain.folder().join(format!("{name}.qcow2")), &disk)?;
     }
     Ok(())
 }
@@ -114,7 +117,7 @@ impl Lab {
         let domain = self.domain(&name);
         domain.reset()?;
         let (state, disk) = saved(self, &name);
-        let active = self.images().join(format!("{name}.qcow2"));
+        let active = domain.folder().join(format!("{name}.qcow2"));
         fs::copy(disk, &active)?;
         self.own(&active)?;
         let xml = self.folder.join(format!("{name}.xml"));
@@ -143,7 +146,7 @@ impl Domain {
         let _ = self.virsh("managedsave-remove", &[]);
         let _ = self.virsh("undefine", &["--nvram", "--snapshots-metadata"]);
         for file in self.files()? {
-            fs::remove_file(self.lab.images().join(file))?;
+            fs::remove_file(self.folder().join(file))?;
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ const MODULES: [&str; 5] = [
     "ext4",
 ];
 /// Raised when this file builds something else from the same inputs.
-const BUILDER: u32 = 1;
+const BUILDER: u32 = 2;
 
 /// The files of a built image.
 #[derive(Debug, Clone)]
@@ -83,6 +83,7 @@ impl Image {
             &mut command("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f"])
                 .arg_path(&image.key),
         )?;
+        sshd(&folder)?;
         let root = folder.join("root");
         layout(&root, &unpacked, &image.key)?;
         pack(&root, &image.initrd)?;
@@ -116,6 +117,16 @@ impl ArgPath for Command {
 fn tool(name: &str) -> Result<PathBuf> {
     paths::program(name)
         .with_context(|| format!("{name} is missing: cargo xtask setup installs it"))
+}
+
+/// An ssh server for tests of the module over ssh: unpacked with the library
+/// that it needs, so that none is ever installed or started on the machine.
+fn sshd(folder: &Path) -> Result<()> {
+    let unpacked = folder.join("sshd");
+    unpack(folder, &unpacked, "openssh-server")?;
+    // Not every release links it.
+    let _ = unpack(folder, &unpacked, "libwrap0");
+    Ok(())
 }
 
 /// The packages that hold the distribution's kernel for virtual machines and its

@@ -14,6 +14,7 @@
 pub mod agent;
 pub mod ansible;
 pub mod blank;
+pub mod cli;
 pub mod command;
 pub mod domain;
 pub mod guest;
@@ -24,6 +25,7 @@ pub mod wait;
 
 pub use agent::Agent;
 pub use blank::{Blank, BlankSpec};
+pub use cli::Cli;
 pub use domain::{Domain, Lab};
 pub use guest::Guest;
 pub use owner::OwnedLab;

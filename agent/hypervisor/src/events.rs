@@ -110,7 +110,7 @@ pub(crate) fn register(connection: &Connect, events: &Sender, closed: mpsc::Send
             unsafe { free_sender(opaque) };
         }
     };
-    // SAFETY (all four): libvirt casts every callback to the generic type and
+    // SAFETY: all four: libvirt casts every callback to the generic type and
     // calls it with the signature that belongs to the id.
     unsafe {
         any(

@@ -168,7 +168,10 @@ pub struct DeleteFlags {
 /// Snapshots by domain and name, with the XML that they were read from: reading
 /// it costs libvirt little, understanding it costs us more.
 #[derive(Debug, Default)]
-pub(crate) struct Cache(Mutex<HashMap<(String, String), (String, Arc<SnapshotInfo>)>>);
+pub(crate) struct Cache(Mutex<HashMap<(String, String), Read>>);
+
+/// The XML, and what was understood of it.
+type Read = (String, Arc<SnapshotInfo>);
 
 impl Cache {
     fn get(&self, domain: &str, name: &str, xml: &str) -> Result<Arc<SnapshotInfo>, Fault> {

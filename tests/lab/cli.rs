@@ -1,0 +1,135 @@
+//! The command line, as a person runs it, with `--json`.
+
+use std::{
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::{
+    Agent,
+    command::{command, run},
+    paths,
+};
+
+/// How long one command may take.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// What one command of `vmsnap` left.
+#[derive(Debug)]
+pub struct Cli {
+    /// Exit status.
+    pub status: i32,
+    /// The JSON documents that it wrote, one a line.
+    pub events: Vec<Value>,
+    /// What it said to people.
+    pub said: String,
+}
+
+impl Agent {
+    /// The command line's process for this agent, not started yet.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn cli(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = command(
+            paths::binary("vmsnap")?,
+            ["--json", "--agent", &self.address()],
+        );
+        command.args(arguments).stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// Runs `vmsnap ARGUMENTS`.
+    ///
+    /// # Errors
+    /// When it cannot be run, or writes something else than JSON.
+    pub fn vmsnap(&self, arguments: &[&str]) -> Result<Cli> {
+        let output = run(&mut self.cli(arguments)?, None, LIMIT)?;
+        let events = output
+            .text()
+            .lines()
+            .map(serde_json::from_str)
+            .collect::<Result<_, _>>()
+            .with_context(|| format!("no JSON: {}", output.text()))?;
+        Ok(Cli {
+            status: output.status,
+            events,
+            said: output.complaint(),
+        })
+    }
+}
+
+impl Cli {
+    /// Requires success, and gives the run's result.
+    ///
+    /// # Errors
+    /// With what it said.
+    pub fn result(&self) -> Result<&Value> {
+        ensure!(
+            self.status == 0,
+            "vmsnap ended with {}: {}",
+            self.status,
+            self.said
+        );
+        Ok(&self.outcome()?["result"])
+    }
+
+    /// Requires a failure, and gives it.
+    ///
+    /// # Errors
+    /// When it succeeded.
+    pub fn failure(&self) -> Result<&Value> {
+        ensure!(
+            self.status == 1,
+            "vmsnap ended with {}: {}",
+            self.status,
+            self.said
+        );
+        Ok(&self.outcome()?["failure"])
+    }
+
+    /// The outcome event.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn outcome(&self) -> Result<&Value> {
+        self.all("outcome")
+            .next()
+            .with_context(|| format!("no outcome: {}", self.said))
+    }
+
+    /// All events of a kind.
+    pub fn all<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.events
+            .iter()
+            .filter(move |event| event["event"] == kind)
+    }
+
+    /// The only document, for commands that write one.
+    ///
+    /// # Errors
+    /// When it failed.
+    pub fn document(&self) -> Result<&Value> {
+        ensure!(
+            self.status == 0,
+            "vmsnap ended with {}: {}",
+            self.status,
+            self.said
+        );
+        self.events.first().context("it wrote nothing")
+    }
+
+    /// Id of the run.
+    ///
+    /// # Errors
+    /// When there was none.
+    pub fn run_id(&self) -> Result<&str> {
+        self.events
+            .iter()
+            .find_map(|event| event["workflow_id"].as_str())
+            .context("no run")
+    }
+}
