@@ -87,6 +87,9 @@ pub(crate) fn boot(lab: &Lab, image: &Image) -> Result<()> {
             .answers(BOOT)
             .with_context(|| format!("guest {name} does not boot"))?;
         domain.lives()?;
+        // With its UUID: a saved state is only restored into the same domain.
+        let xml = domain.virsh("dumpxml", &["--inactive"])?;
+        lab.write(&lab.folder.join(format!("{name}.xml")), &xml)?;
         let (state, disk) = saved(lab, name);
         lab.virsh(["save".as_ref(), name.as_ref(), state.as_os_str()])?;
         fs::copy(domain.folder().join(format!("{name}.qcow2")), &disk)?;

@@ -117,7 +117,7 @@ fn a_commit_merges_from_the_named_point_on_with_progress_and_keeps_the_present()
         ))?;
     }
     let sums = guest.exec("cat /data/one /data/two /data/three | md5sum")?;
-    let merged = agent.vmsnap(&["commit", name, "two", "--bandwidth", "4M"])?;
+    let merged = agent.vmsnap(&["commit", name, "two", "--bandwidth", "16M"])?;
     assert_eq!(
         merged.result()?["merged"],
         serde_json::json!(["three", "two"])
@@ -485,7 +485,7 @@ fn a_run_goes_on_when_its_caller_is_killed_and_can_be_watched_from_any_event_on(
     let (guest, agent) = (lab.guest()?, lab.agent("")?);
     let name = guest.name.as_str();
     agent.vmsnap(&["create", name, "s"])?.result()?;
-    guest.exec("dd if=/dev/urandom of=/data/x bs=1M count=12 2>/dev/null; sync")?;
+    guest.exec("dd if=/dev/urandom of=/data/x bs=1M count=40 2>/dev/null; sync")?;
     let mut caller = agent.cli(&["commit", name, "s", "--bandwidth", "4M"])?;
     let mut caller = caller
         .stdout(std::process::Stdio::null())

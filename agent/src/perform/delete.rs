@@ -13,6 +13,9 @@ use crate::planning::{Done, Fault, facts::VmState};
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
+/// How soon a merge is looked for: libvirt's delete takes no limit, so that one
+/// is set on the job as soon as it is seen.
+const FIRST: Duration = Duration::from_millis(15);
 
 impl Performer {
     pub(super) async fn delete(
@@ -30,13 +33,15 @@ impl Performer {
         };
         let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
         let mut limited: Vec<&str> = Vec::new();
+        let mut pause = FIRST;
         let result = {
             let deleting = self.hypervisor.delete_snapshot(self.vm(), name, flags);
             tokio::pin!(deleting);
             loop {
                 tokio::select! {
                     result = &mut deleting => break result,
-                    () = tokio::time::sleep(POLL) => {
+                    () = tokio::time::sleep(pause) => {
+                        pause = (pause * 5 / 4).min(POLL);
                         for disk in disks {
                             let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
                                 continue;
@@ -47,6 +52,7 @@ impl Performer {
                             {
                                 limited.push(disk);
                             }
+                            pause = POLL;
                             merged.insert(disk, job.cur);
                             self.progress(index, disk, job.cur, job.end);
                         }
