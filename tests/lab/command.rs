@@ -236,3 +236,16 @@ pub fn command<A: AsRef<OsStr>>(
     command.args(arguments).env("LC_ALL", "C.UTF-8");
     command
 }
+
+/// A command that only root may run: as it is for root, else through sudo, which
+/// must not ask for a password.
+#[must_use]
+pub fn privileged<const N: usize>(words: [&str; N]) -> Command {
+    if User::current().uid == 0 {
+        command(words[0], &words[1..])
+    } else {
+        let mut sudo = command("sudo", ["-n"]);
+        sudo.args(words);
+        sudo
+    }
+}

@@ -2,11 +2,15 @@
 
 mod demo;
 
-use std::{process::ExitCode, sync::atomic::AtomicBool, sync::atomic::Ordering, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use vmsnap_tests::{OwnedLab, image::Image};
+use vmsnap_tests::{
+    OwnedLab,
+    image::Image,
+    wait::{INTERRUPT, interrupted},
+};
 
 /// A private libvirt daemon with real guests, for tests and the demo.
 #[derive(Debug, Parser)]
@@ -40,14 +44,14 @@ fn main() -> ExitCode {
         signal_hook::consts::SIGTERM,
         signal_hook::consts::SIGHUP,
     ] {
-        if let Err(error) = signal_hook::flag::register(signal, flag()) {
+        if let Err(error) = signal_hook::flag::register(signal, INTERRUPT.clone()) {
             complain(&format!("signals cannot be handled: {error}"));
         }
     }
     let result = match Arguments::parse().command {
         Verb::Image => Image::build().map(|_| 0),
         Verb::Up { guests, command } => up(guests, &command),
-        Verb::Demo => demo::run(&INTERRUPT),
+        Verb::Demo => demo::run(),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -56,13 +60,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-static INTERRUPT: std::sync::LazyLock<std::sync::Arc<AtomicBool>> =
-    std::sync::LazyLock::new(Default::default);
-
-fn flag() -> std::sync::Arc<AtomicBool> {
-    INTERRUPT.clone()
 }
 
 fn up(guests: u32, words: &[String]) -> Result<u8> {
@@ -77,7 +74,7 @@ fn up(guests: u32, words: &[String]) -> Result<u8> {
                 .code()
                 .map_or(1, |code| u8::try_from(code).unwrap_or(1)));
         }
-        if INTERRUPT.load(Ordering::Relaxed) {
+        if interrupted() {
             vmsnap_tests::command::end(&mut child, Duration::from_secs(10));
             return Ok(130);
         }

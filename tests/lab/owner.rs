@@ -1,9 +1,14 @@
 //! Starting a lab, and taking it down again.
+//!
+//! Invariants: the daemons form process groups of their own, so that a Ctrl-C
+//! reaches only this process, which then takes things down in order; guests are
+//! ended even when their daemon is gone; what a lab left whose owner was killed
+//! goes when the next one starts.
 
 use std::{
     fs,
     net::TcpListener,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -12,13 +17,15 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    command::{User, end},
+    command::{self, User, end},
     domain::Lab,
     guest,
     image::Image,
     paths,
-    wait::eventually_some,
+    wait::{eventually, eventually_some},
 };
+
+use rustix::process::Signal;
 
 /// A lab that this process started; taken down when dropped.
 #[derive(Debug)]
@@ -26,6 +33,8 @@ pub struct OwnedLab {
     /// The lab.
     pub lab: Lab,
     daemons: Vec<Child>,
+    /// Locked as long as this process lives.
+    _owner: fs::File,
 }
 
 impl OwnedLab {
@@ -35,7 +44,8 @@ impl OwnedLab {
     /// When something is missing or does not come up.
     pub fn start(guests: u32) -> Result<Self> {
         let image = Image::build().context("the guest's image cannot be built")?;
-        let folder = fresh_folder()?;
+        sweep();
+        let (folder, owner) = fresh_folder()?;
         let mut names = Vec::new();
         for number in 0..guests {
             // Free now; passt takes it in a moment.
@@ -50,6 +60,7 @@ impl OwnedLab {
         let mut owned = Self {
             lab,
             daemons: Vec::new(),
+            _owner: owner,
         };
         owned.up(&image)?;
         Ok(owned)
@@ -80,6 +91,7 @@ impl OwnedLab {
                 .stdin(Stdio::null())
                 .stdout(log.try_clone()?)
                 .stderr(log)
+                .process_group(0)
                 .spawn()
                 .with_context(|| format!("{daemon} cannot be started"))?;
             self.daemons.push(child);
@@ -118,22 +130,101 @@ impl Drop for OwnedLab {
         for name in list.lines().map(str::trim).filter(|name| !name.is_empty()) {
             let _ = self.lab.virsh(["destroy", name]);
         }
+        end_guests(&self.lab.folder);
         for mut daemon in self.daemons.drain(..).rev() {
             end(&mut daemon, Duration::from_secs(10));
         }
-        let _ = fs::remove_dir_all(&self.lab.folder);
+        remove(&self.lab.folder);
     }
 }
 
-/// A new short folder: sockets' paths have 107 bytes at most.
-fn fresh_folder() -> Result<PathBuf> {
+const PREFIX: &str = "vmsnap-lab-";
+const OWNER: &str = "owner";
+
+/// A new short folder (sockets' paths have 107 bytes at most) and the file that
+/// this process holds locked in it.
+fn fresh_folder() -> Result<(PathBuf, fs::File)> {
     for number in 0..1000 {
-        let path = Path::new("/tmp").join(format!("vmsnap-{}-{number}", std::process::id()));
+        let path = Path::new("/tmp").join(format!("{PREFIX}{}-{number}", std::process::id()));
         match fs::create_dir(&path) {
-            Ok(()) => return Ok(path),
+            Ok(()) => {
+                let owner = fs::File::create(path.join(OWNER))?;
+                owner.lock().context("the lab's folder cannot be locked")?;
+                // Between making and locking it, another start may have swept it.
+                if path.is_dir() {
+                    return Ok((path, owner));
+                }
+            }
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error).context("no folder for the lab"),
         }
     }
     anyhow::bail!("/tmp is full of labs")
+}
+
+/// Takes down labs whose owner was killed: their file is not locked any more.
+/// Those of other users are theirs.
+fn sweep() {
+    let Ok(entries) = fs::read_dir("/tmp") else {
+        return;
+    };
+    for folder in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let ours = folder
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+        let Some(owner) = fs::File::open(folder.join(OWNER)).ok().filter(|_| ours) else {
+            continue;
+        };
+        if owner.try_lock().is_ok() {
+            end_guests(&folder);
+            for daemon in ["libvirtd", "virtlogd"] {
+                let file = folder.join(format!("run/libvirt/{daemon}.pid"));
+                end_by(&file, daemon);
+            }
+            remove(&folder);
+        }
+    }
+}
+
+/// Ends QEMU and passt processes of a lab by the files that libvirt keeps of
+/// them: a guest outlives its daemon.
+fn end_guests(folder: &Path) {
+    for (below, program) in [("qemu/run", "qemu"), ("qemu/run/passt", "passt")] {
+        let below = folder.join("run/libvirt").join(below);
+        let Ok(entries) = fs::read_dir(below) else {
+            continue;
+        };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            if path.extension().is_some_and(|ending| ending == "pid") {
+                end_by(&path, program);
+            }
+        }
+    }
+}
+
+/// Ends the process that a pid file names, if it still is that program.
+fn end_by(file: &Path, program: &str) {
+    let pid = fs::read_to_string(file)
+        .ok()
+        .and_then(|text| text.trim().parse::<u32>().ok());
+    let Some(pid) = pid else { return };
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if name.starts_with(program) {
+        command::signal(pid, Signal::TERM);
+        if eventually(Duration::from_secs(5), "end", || !command::alive(pid)).is_err() {
+            command::signal(pid, Signal::KILL);
+        }
+    }
+}
+
+/// Removes a lab's folder, with a file system that a test may have left mounted
+/// in it.
+fn remove(folder: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for place in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
+        if Path::new(place).starts_with(folder) {
+            let _ = command::succeed(&mut command::privileged(["umount", "-l", place]));
+        }
+    }
+    let _ = fs::remove_dir_all(folder);
 }

@@ -1,11 +1,19 @@
 //! Waiting on a condition, with a limit.
 
 use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
+
+/// Set when this process was told to stop: every wait then ends with an error,
+/// and what it owns is taken down on the way out.
+pub static INTERRUPT: LazyLock<Arc<AtomicBool>> = LazyLock::new(Default::default);
 
 /// How often a condition is looked at.
 const PACE: Duration = Duration::from_millis(50);
@@ -13,7 +21,7 @@ const PACE: Duration = Duration::from_millis(50);
 /// Waits until `condition` holds.
 ///
 /// # Errors
-/// When it does not within `limit`; `what` names the condition.
+/// When it does not within `limit`, or on an interrupt; `what` names the condition.
 pub fn eventually(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) -> Result<()> {
     let got = eventually_some(limit, what, || Ok(condition().then_some(())));
     got.map(drop)
@@ -23,7 +31,7 @@ pub fn eventually(limit: Duration, what: &str, mut condition: impl FnMut() -> bo
 /// "not yet", and the last one is told when the limit is reached.
 ///
 /// # Errors
-/// When nothing comes within `limit`.
+/// When nothing comes within `limit`, or on an interrupt.
 pub fn eventually_some<T>(
     limit: Duration,
     what: &str,
@@ -43,6 +51,13 @@ pub fn eventually_some<T>(
                 None => bail!("no {what} within {seconds} s"),
             };
         }
+        ensure!(!interrupted(), "interrupted while waiting for {what}");
         thread::sleep(PACE);
     }
+}
+
+/// Whether this process was told to stop.
+#[must_use]
+pub fn interrupted() -> bool {
+    INTERRUPT.load(Ordering::Relaxed)
 }
