@@ -491,7 +491,9 @@ fn a_run_goes_on_when_its_caller_is_killed_and_can_be_watched_from_any_event_on(
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()?;
-    eventually(Duration::from_secs(20), "merge", || agent.log().contains("step=\"delete snapshot s"))?;
+    eventually(Duration::from_secs(20), "merge", || {
+        agent.log().contains("step=\"delete snapshot s")
+    })?;
     caller.kill()?;
     caller.wait()?;
     // A second run on the same VM waits for the first.
