@@ -124,18 +124,18 @@ fn follow(agent: &Agent, over: Arc<AtomicBool>) -> thread::JoinHandle<()> {
                 }
                 let watch = command(&program, ["--agent", &address, "watch", &id])
                     .stdin(Stdio::null())
-                    .stdout(Stdio::null())
-                    .stderr(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::null())
                     .spawn();
                 let Ok(mut watch) = watch else { continue };
-                if let Some(lines) = watch.stderr.take() {
+                if let Some(lines) = watch.stdout.take() {
                     for line in BufReader::new(lines).lines().map_while(Result::ok) {
                         say(&format!("    | {line}"));
                     }
                 }
                 let _ = watch.wait();
             }
-            thread::sleep(Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(100));
         }
     })
 }

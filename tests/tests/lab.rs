@@ -1,0 +1,186 @@
+//! The lab itself: what every other test relies on.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use rustix::process::Signal;
+use vmsnap_tests::{
+    BlankSpec, Lab, command, eventually, eventually_some,
+    paths::{self, binary},
+};
+
+#[test]
+fn a_leased_guest_answers_over_agent_and_ssh_and_its_counters_grow() -> Result<()> {
+    let guest = Lab::from_env()?.guest()?;
+    assert_eq!(guest.state()?, "running");
+    assert!(!guest.frozen()?);
+    guest.lives()?;
+    let ticks = guest.ticks()?;
+    eventually(Duration::from_secs(20), "growth of the ticks", || {
+        guest.ticks().is_ok_and(|now| now > ticks)
+    })?;
+    assert_eq!(guest.ssh("hostname")?.trim(), guest.name);
+    guest.ssh("echo from-ssh > /data/note && sync")?;
+    assert_eq!(guest.exec("cat /data/note")?, "from-ssh\n");
+    assert!(guest.console()?.starts_with("vmsnap counter="));
+    Ok(())
+}
+
+#[test]
+fn a_damaged_guest_is_back_at_its_beginning_with_the_next_lease() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let guest = lab.guest()?;
+    let (name, files) = (guest.name.clone(), guest.files()?);
+    guest.exec("echo damaged > /data/damage && sync")?;
+    guest.virsh("snapshot-create-as", &["one", "--disk-only"])?;
+    guest.virsh("snapshot-create-as", &["two", "--disk-only"])?;
+    guest.virsh("snapshot-delete", &["two", "--metadata"])?;
+    assert_eq!(guest.chain("vda")?.len(), 3);
+    guest.virsh("destroy", &[])?;
+    guest.virsh("start", &[])?;
+    guest.virsh("managedsave", &[])?;
+    drop(guest);
+
+    // Another test may lease the same guest in between: that changes nothing.
+    let guest = eventually_some(Duration::from_secs(300), "lease of the same guest", || {
+        let guest = lab.guest()?;
+        Ok((guest.name == name).then_some(guest))
+    })?;
+    assert_eq!(guest.state()?, "running");
+    assert_eq!(guest.files()?, files);
+    assert!(guest.snapshots()?.is_empty());
+    assert_eq!(guest.chain("vda")?, [format!("{name}.qcow2")]);
+    assert!(!guest.exec("ls /data")?.contains("damage"));
+    guest.lives()?;
+    guest.virsh("destroy", &[])?;
+    guest.check("vda")
+}
+
+#[test]
+fn a_blank_domain_starts_at_once_and_leaves_nothing() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let began = Instant::now();
+    let blank = lab.blank(&BlankSpec {
+        disks: vec![("vdb".into(), "raw".into(), false)],
+        ..BlankSpec::default()
+    })?;
+    assert_eq!(blank.state()?, "running");
+    // Far below what a guest takes to boot, on a machine that is busy.
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let name = blank.name.clone();
+    assert_eq!(
+        blank.files()?,
+        [format!("{name}-vdb.raw"), format!("{name}.qcow2")]
+    );
+    blank.virsh("snapshot-create-as", &["s", "--disk-only"])?;
+    drop(blank);
+    assert!(!lab.virsh(["list", "--all", "--name"])?.contains(&name));
+    assert!(lab.domain(&name).files()?.is_empty());
+    Ok(())
+}
+
+/// Starts a lab of its own and gives it with its folder once its guest was
+/// started.
+fn own_lab(guests: &str, words: &[&str]) -> Result<(Child, PathBuf)> {
+    let child = Command::new(binary("vmsnap-lab")?)
+        .args(["up", "--guests", guests, "--"])
+        .args(words)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let prefix = format!("vmsnap-lab-{}-", child.id());
+    let folder = eventually_some(Duration::from_secs(60), "folder of the lab", || {
+        Ok(fs::read_dir("/tmp")?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| {
+                path.file_name()
+                    .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+            }))
+    })?;
+    Ok((child, folder))
+}
+
+/// Pids of the processes that live in a lab's folder: daemons, guests, passt.
+fn processes(folder: &std::path::Path) -> Result<Vec<u32>> {
+    let place = folder.display().to_string();
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc")?.filter_map(Result::ok) {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let variables = fs::read(entry.path().join("environ")).unwrap_or_default();
+        let mentions = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(&place);
+        if mentions(&words) || mentions(&variables) {
+            pids.push(pid);
+        }
+    }
+    Ok(pids)
+}
+
+fn guest_runs(folder: &std::path::Path) -> Result<()> {
+    let pid = folder.join("run/libvirt/qemu/run/guest0.pid");
+    eventually(Duration::from_secs(120), "guest of the lab", || pid.exists())
+}
+
+#[test]
+fn an_interrupted_lab_takes_its_guests_daemons_and_folder_with_it() -> Result<()> {
+    let (mut lab, folder) = own_lab("1", &["sleep", "600"])?;
+    guest_runs(&folder)?;
+    command::signal(lab.id(), Signal::INT);
+    let status = lab.wait()?;
+    assert!(!status.success());
+    assert!(!folder.exists());
+    assert_eq!(processes(&folder)?, Vec::<u32>::new());
+    Ok(())
+}
+
+#[test]
+fn what_a_killed_lab_left_goes_when_the_next_one_starts() -> Result<()> {
+    let (mut lab, folder) = own_lab("1", &["sleep", "600"])?;
+    guest_runs(&folder)?;
+    command::signal(lab.id(), Signal::KILL);
+    lab.wait()?;
+    assert!(folder.exists());
+    assert!(!processes(&folder)?.is_empty());
+
+    let (mut next, _) = own_lab("0", &["true"])?;
+    assert!(next.wait()?.success());
+    assert!(!folder.exists());
+    eventually(Duration::from_secs(20), "end of what it ran", || {
+        processes(&folder).is_ok_and(|pids| pids.is_empty())
+    })
+}
+
+#[test]
+fn a_lab_ends_with_the_status_of_its_command_and_hands_its_folder_on() -> Result<()> {
+    let script = format!("test -f \"${}/lab.json\" && exit 7", vmsnap_tests::domain::LAB);
+    let (mut lab, folder) = own_lab("0", &["sh", "-c", &script])?;
+    assert_eq!(lab.wait()?.code(), Some(7));
+    assert!(!folder.exists());
+    Ok(())
+}
+
+#[test]
+fn the_lab_runs_where_its_user_may_read_and_sockets_fit() -> Result<()> {
+    let lab = Lab::from_env()?;
+    // The longest socket is a guest agent's: sockets' paths have 107 bytes.
+    let longest = lab
+        .folder
+        .join("run/libvirt/qemu/channel/1000-b4194304x99/org.qemu.guest_agent.0");
+    assert!(longest.as_os_str().len() <= 107, "{}", longest.display());
+    assert!(!lab.folder.starts_with(paths::checkout()));
+    let seen = command::succeed(lab.command("ls").arg(&lab.folder))?;
+    assert!(seen.contains("lab.json"), "{seen}");
+    let listed = lab.virsh(["pool-list", "--name"])?;
+    listed
+        .lines()
+        .find(|line| line.trim() == "default")
+        .map(drop)
+        .context("no pool 'default'")
+}
