@@ -71,7 +71,11 @@ fn a_blank_domain_starts_at_once_and_leaves_nothing() -> Result<()> {
     })?;
     assert_eq!(blank.state()?, "running");
     // Far below what a guest takes to boot, on a machine that is busy.
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
     let name = blank.name.clone();
     assert_eq!(
         blank.files()?,
@@ -125,7 +129,9 @@ fn processes(folder: &std::path::Path) -> Result<Vec<u32>> {
 
 fn guest_runs(folder: &std::path::Path) -> Result<()> {
     let pid = folder.join("run/libvirt/qemu/run/guest0.pid");
-    eventually(Duration::from_secs(120), "guest of the lab", || pid.exists())
+    eventually(Duration::from_secs(120), "guest of the lab", || {
+        pid.exists()
+    })
 }
 
 #[test]
@@ -159,7 +165,10 @@ fn what_a_killed_lab_left_goes_when_the_next_one_starts() -> Result<()> {
 
 #[test]
 fn a_lab_ends_with_the_status_of_its_command_and_hands_its_folder_on() -> Result<()> {
-    let script = format!("test -f \"${}/lab.json\" && exit 7", vmsnap_tests::domain::LAB);
+    let script = format!(
+        "test -f \"${}/lab.json\" && exit 7",
+        vmsnap_tests::domain::LAB
+    );
     let (mut lab, folder) = own_lab("0", &["sh", "-c", &script])?;
     assert_eq!(lab.wait()?.code(), Some(7));
     assert!(!folder.exists());
