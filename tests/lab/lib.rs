@@ -21,6 +21,7 @@ pub mod guest;
 pub mod image;
 pub mod owner;
 pub mod paths;
+pub mod pattern;
 pub mod wait;
 
 pub use agent::Agent;

@@ -88,6 +88,29 @@ fn a_blank_domain_starts_at_once_and_leaves_nothing() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_pattern_on_a_disk_is_seen_running_and_stopped_and_through_its_chain() -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    let blank = Lab::from_env()?.blank(&BlankSpec::default())?;
+    blank.write_pattern("vda", 0x11, 0, MIB)?;
+    assert!(blank.has_pattern("vda", 0x11, 0, MIB)?);
+    assert!(!blank.has_pattern("vda", 0x11, 0, MIB + 512)?);
+    blank.virsh("snapshot-create-as", &["s", "--disk-only"])?;
+    blank.write_pattern("vda", 0x22, MIB / 2, MIB)?;
+    for stopped in [false, true] {
+        if stopped {
+            blank.virsh("destroy", &[])?;
+        }
+        assert!(blank.has_pattern("vda", 0x11, 0, MIB / 2)?);
+        assert!(blank.has_pattern("vda", 0x22, MIB / 2, MIB)?);
+        assert!(!blank.has_pattern("vda", 0x11, 0, MIB)?);
+    }
+    blank.write_pattern("vda", 0x33, 0, MIB)?;
+    assert!(blank.has_pattern("vda", 0x33, 0, MIB)?);
+    assert!(blank.write_pattern("vdz", 1, 0, 512).is_err());
+    Ok(())
+}
+
 /// Starts a lab of its own and gives it with its folder once its guest was
 /// started.
 fn own_lab(guests: &str, words: &[&str]) -> Result<(Child, PathBuf)> {
