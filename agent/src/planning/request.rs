@@ -474,6 +474,12 @@ impl Create {
                     .into(),
             );
         }
+        if self.revert_unless_confirmed.is_some() {
+            note(
+                "create.revert_unless_confirmed",
+                "this version of the agent cannot guard a change; leave it out".into(),
+            );
+        }
         if self.freeze_timeout.is_zero() {
             note(
                 "create.freeze_timeout",
@@ -493,6 +499,12 @@ impl Cleanup {
                     "'{}' cannot be combined with a policy; give one of them",
                     self.name
                 ),
+            );
+        }
+        if self.policy.is_set() || self.policy.include_foreign {
+            note(
+                "cleanup",
+                "this version of the agent has no retention policies; name a snapshot".into(),
             );
         }
         if self.name.is_empty() && self.children != Children::Keep {
