@@ -2,13 +2,14 @@
 
 use std::{
     fs,
+    os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use vmsnap_tests::{
     BlankSpec, Lab, command, eventually, eventually_some,
     paths::{self, binary},
@@ -111,8 +112,7 @@ fn a_pattern_on_a_disk_is_seen_running_and_stopped_and_through_its_chain() -> Re
     Ok(())
 }
 
-/// Starts a lab of its own and gives it with its folder once its guest was
-/// started.
+/// Starts a lab of its own and gives it with its folder.
 fn own_lab(guests: &str, words: &[&str]) -> Result<(Child, PathBuf)> {
     let child = Command::new(binary("vmsnap-lab")?)
         .args(["up", "--guests", guests, "--"])
@@ -120,16 +120,21 @@ fn own_lab(guests: &str, words: &[&str]) -> Result<(Child, PathBuf)> {
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .spawn()?;
-    let prefix = format!("vmsnap-lab-{}-", child.id());
-    let folder = eventually_some(Duration::from_secs(60), "folder of the lab", || {
+    let folder = folder_of(&child)?;
+    Ok((child, folder))
+}
+
+/// The folder of the lab that a process starts.
+fn folder_of(lab: &Child) -> Result<PathBuf> {
+    let prefix = format!("vmsnap-lab-{}-", lab.id());
+    eventually_some(Duration::from_secs(60), "folder of the lab", || {
         Ok(fs::read_dir("/tmp")?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| {
                 path.file_name()
                     .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
             }))
-    })?;
-    Ok((child, folder))
+    })
 }
 
 /// Pids of the processes that live in a lab's folder: daemons, guests, passt.
@@ -215,4 +220,64 @@ fn the_lab_runs_where_its_user_may_read_and_sockets_fit() -> Result<()> {
         .find(|line| line.trim() == "default")
         .map(drop)
         .context("no pool 'default'")
+}
+
+/// Starts the demo in a process group of its own, as a terminal does, with what
+/// it shows in a file.
+fn demo(shown: &std::path::Path) -> Result<(Child, PathBuf)> {
+    let file = fs::File::create(shown)?;
+    let child = Command::new(binary("vmsnap-lab")?)
+        .arg("demo")
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .process_group(0)
+        .spawn()?;
+    let folder = folder_of(&child)?;
+    Ok((child, folder))
+}
+
+#[test]
+fn the_demo_shows_the_whole_job_within_two_minutes_and_leaves_nothing() -> Result<()> {
+    let shown = Lab::from_env()?.folder.join("demo.shown");
+    let began = Instant::now();
+    let (mut demo, folder) = demo(&shown)?;
+    let status = demo.wait()?;
+    let text = fs::read_to_string(&shown)?;
+    assert!(status.success(), "{status}\n{text}");
+    assert!(
+        began.elapsed() < Duration::from_secs(120),
+        "{:?}",
+        began.elapsed()
+    );
+    for wanted in [
+        // A step as it ends, the proof, the table, and the end.
+        "create snapshot before-upgrade",
+        "the guest stood still for",
+        "All assertions passed",
+        "create (memory)",
+        "The guest runs and its counter grows.",
+    ] {
+        assert!(text.contains(wanted), "'{wanted}' is missing in\n{text}");
+    }
+    assert!(!folder.exists());
+    assert_eq!(processes(&folder)?, Vec::<u32>::new());
+    Ok(())
+}
+
+#[test]
+fn a_demo_that_is_left_with_control_c_in_the_middle_leaves_nothing() -> Result<()> {
+    let shown = Lab::from_env()?.folder.join("left.shown");
+    let (mut demo, folder) = demo(&shown)?;
+    eventually(Duration::from_secs(120), "revert in the demo", || {
+        fs::read_to_string(&shown).is_ok_and(|text| text.contains("TASK [Go back to"))
+    })?;
+    // The key reaches every process of the terminal's foreground group.
+    let group = Pid::from_child(&demo);
+    rustix::process::kill_process_group(group, Signal::INT)?;
+    let status = demo.wait()?;
+    assert_eq!(status.code(), Some(130), "{}", fs::read_to_string(&shown)?);
+    assert!(!folder.exists());
+    assert_eq!(processes(&folder)?, Vec::<u32>::new());
+    Ok(())
 }
