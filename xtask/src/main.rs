@@ -1,20 +1,24 @@
-//! `cargo xtask`: set-up, demo, test and package.
+//! `cargo xtask`: set-up, demo, test, bench and package.
 //!
 //! Invariants: depends on no crate of the workspace and calls cargo for the
 //! rest; works from any folder, as root or as a user with sudo, and twice in a
 //! row; one target folder, development builds with `--workspace`.
 
+mod apt;
+mod bench;
 mod package;
+mod python;
 mod run;
 mod setup;
 mod sources;
+mod system;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use run::{cargo, step};
+use run::{cargo, command, replace, step};
 
 /// Builds, proves and shows vmsnap.
 #[derive(Debug, Parser)]
@@ -39,9 +43,12 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         runner: Vec<String>,
     },
-    /// Build the collection's tarball.
+    /// Measure what every task pays: size and start of the programs.
+    Bench,
+    /// Build what is handed out: the collection's tarball and the command line,
+    /// for hosts with glibc 2.17 or newer.
     Package {
-        /// With the module as built for this host, not for old ones.
+        /// Only the collection with this host's own build, installed for tests.
         #[arg(long)]
         native: bool,
     },
@@ -49,12 +56,14 @@ enum Verb {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = match arguments.command {
-        Verb::Setup => setup::run(arguments.yes),
-        Verb::Demo => demo(arguments.yes),
-        Verb::Test { runner } => test(arguments.yes, &runner),
-        Verb::Package { native } => setup::run(arguments.yes).and_then(|()| package::run(native)),
-    };
+    let result = setup::run(arguments.yes).and_then(|()| match arguments.command {
+        Verb::Setup => Ok(()),
+        Verb::Demo => demo(),
+        Verb::Test { runner } => test(&runner),
+        Verb::Bench => bench::run(),
+        Verb::Package { native: false } => package::publish(),
+        Verb::Package { native: true } => build().and_then(|()| package::install_native()),
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -78,57 +87,51 @@ fn target() -> PathBuf {
     }
 }
 
-/// A program of the Python environment.
-fn python_tool(name: &str) -> PathBuf {
-    target().join("xtask/venv/bin").join(name)
+fn build() -> Result<()> {
+    step("build", cargo(["build", "--workspace", "--locked"]))
 }
 
-fn demo(yes: bool) -> Result<()> {
-    setup::run(yes)?;
-    step("build", cargo(["build", "--workspace", "--locked"]))?;
-    package::run(true)?;
-    step(
-        "demo",
-        run::command(target().join("debug/vmsnap-lab"), ["demo"]),
-    )
+fn demo() -> Result<()> {
+    build()?;
+    package::install_native()?;
+    // In our place, so that Ctrl-C reaches it and the shell waits for its
+    // clean-up.
+    replace("demo", command(target().join("debug/vmsnap-lab"), ["demo"]))
 }
 
-fn test(yes: bool, runner: &[String]) -> Result<()> {
-    setup::run(yes)?;
+fn test(runner: &[String]) -> Result<()> {
     step("formatting", cargo(["fmt", "--all", "--check"]))?;
-    step(
+    let clippy = [
         "clippy",
-        cargo([
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--locked",
-            "--",
-            "-D",
-            "warnings",
-        ]),
-    )?;
+        "--workspace",
+        "--all-targets",
+        "--locked",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    step("clippy", cargo(clippy))?;
     let proto = checkout().join("proto");
     step(
         "buf lint",
-        run::command(python_tool("buf"), ["lint".as_ref(), proto.as_os_str()]),
+        command(python::tool("buf"), ["lint".as_ref(), proto.as_os_str()]),
     )?;
-    step("build", cargo(["build", "--workspace", "--locked"]))?;
-    package::run(true)?;
+    build()?;
+    package::install_native()?;
     step(
         "doc tests",
         cargo(["test", "--workspace", "--doc", "--locked", "--quiet"]),
     )?;
     // Built before the lab is up, so that guests do not share the cores with
     // the compiler.
-    let mut build = setup::nextest()?;
-    build.args(["run", "--workspace", "--locked", "--no-run"]);
-    step("build of the tests", build)?;
+    let mut tests = setup::nextest()?;
+    tests.args(["run", "--workspace", "--locked", "--no-run"]);
+    step("build of the tests", tests)?;
     let nextest = setup::nextest()?;
-    let mut lab = run::command(target().join("debug/vmsnap-lab"), ["up", "--"]);
+    let mut lab = command(target().join("debug/vmsnap-lab"), ["up", "--"]);
     lab.arg(nextest.get_program())
         .args(nextest.get_args())
         .args(["run", "--workspace", "--locked"])
         .args(runner);
-    step("tests", lab).context("not everything is as it should be")
+    replace("tests", lab)
 }

@@ -1,89 +1,216 @@
-//! Building the collection's tarball.
+//! Building what is handed out: the collection's tarball and the command line.
 //!
-//! Invariant: the tarball that is published holds a module that runs on hosts
-//! with glibc 2.17; the one for the tests holds this host's own build.
+//! Invariants: what is published runs on hosts with glibc 2.17, and that is
+//! looked up in the files; the collection for the tests holds this host's own
+//! build and lies elsewhere, so that the two are never taken for each other.
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    checkout, python_tool,
+    checkout, python,
     run::{command, say, step},
     setup, target,
 };
 
-/// The oldest glibc that the module runs with.
-const GLIBC: &str = "x86_64-unknown-linux-gnu.2.17";
+/// The oldest glibc that what is published runs with.
+const GLIBC: (u32, u32) = (2, 17);
+/// The platform that is built for.
+const PLATFORM: &str = "x86_64-unknown-linux-gnu";
+/// Where the collection's module links point to.
+const MODULE: &str = "plugins/bin/vm-snapshot-x86_64";
+/// What git and Ansible leave in the collection's folder, not part of it.
+const LEFT_OVERS: &[&str] = &[".ansible", ".git", "output", "__pycache__", "bin"];
 
-/// Builds it; a native one is also installed where the tests look for it.
+/// Builds what is published, into `target/package`.
+///
+/// # Errors
+/// When a step fails, or a program needs a newer glibc.
+pub fn publish() -> Result<()> {
+    let _alone = setup::alone()?;
+    python::install(python::PACKAGING)?;
+    let (major, minor) = GLIBC;
+    let mut zig = command(
+        python::tool("cargo-zigbuild"),
+        ["zigbuild", "--locked", "--profile", "module"],
+    );
+    zig.args([
+        "--package",
+        "vmsnap-ansible-module",
+        "--package",
+        "vmsnap-cli",
+    ])
+    .args(["--target", &format!("{PLATFORM}.{major}.{minor}")])
+    .env("PATH", python::path()?);
+    step("module and command line for old hosts", zig)?;
+    let built = target().join(PLATFORM).join("module");
+    let (module, cli) = (built.join("vm-snapshot"), built.join("vmsnap"));
+    for program in [&module, &cli] {
+        check_glibc(program)?;
+    }
+    let source = checkout().join("collection");
+    place(&module, &source.join(MODULE))?;
+    let folder = target().join("package");
+    place(&cli, &folder.join(format!("vmsnap-{PLATFORM}")))?;
+    let tarball = collection(&source, &module, &folder)?;
+    say(&format!(
+        "built: {} and the command line beside it",
+        tarball.display()
+    ));
+    Ok(())
+}
+
+/// Packages the collection with the module of `cargo build --workspace` and
+/// installs it where tests and demo look for it.
 ///
 /// # Errors
 /// When a step fails.
-pub fn run(native: bool) -> Result<()> {
-    let built = if native {
-        target().join("debug/vm-snapshot")
-    } else {
-        setup::python_list("package-requirements.txt")?;
-        let mut zig = command(
-            python_tool("cargo-zigbuild"),
-            [
-                "zigbuild",
-                "--locked",
-                "--profile",
-                "module",
-                "--package",
-                "vmsnap-ansible-module",
-                "--target",
-                GLIBC,
-            ],
-        );
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let own = python_tool("");
-        let paths = std::iter::once(own).chain(std::env::split_paths(&path));
-        zig.env("PATH", std::env::join_paths(paths)?);
-        step("module for old hosts", zig)?;
-        target().join("x86_64-unknown-linux-gnu/module/vm-snapshot")
-    };
-    let place = checkout().join("collection/plugins/bin/vm-snapshot-x86_64");
-    if let Some(folder) = place.parent() {
-        fs::create_dir_all(folder)?;
+pub fn install_native() -> Result<()> {
+    let _alone = setup::alone()?;
+    let folder = target().join("xtask/native");
+    let module = folder.join("vm-snapshot");
+    place(&target().join("debug/vm-snapshot"), &module)?;
+    // Debug information would travel with every task.
+    let mut strip = command("strip", ["--strip-debug"]);
+    strip.arg(&module);
+    step("strip", strip)?;
+    let tarball = collection(&checkout().join("collection"), &module, &folder)?;
+    let mut install = galaxy(&["install", "--force", "--offline"]);
+    install
+        .arg(&tarball)
+        .arg("-p")
+        .arg(target().join("xtask/collections"));
+    step("installation of the collection", install)
+}
+
+/// Builds the tarball from a copy of the collection with the given module.
+fn collection(source: &Path, module: &Path, into: &Path) -> Result<PathBuf> {
+    let copy = into.join("collection");
+    if copy.exists() {
+        fs::remove_dir_all(&copy).with_context(|| format!("cannot remove {}", copy.display()))?;
     }
-    // A new file, so that a module that runs now keeps its own.
-    let fresh = place.with_extension("new");
-    fs::copy(&built, &fresh).with_context(|| format!("{} is not built", built.display()))?;
-    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
-    if native {
-        // Debug information would travel with every task.
-        let mut strip = command("strip", ["--strip-debug"]);
-        strip.arg(&fresh);
-        step("strip", strip)?;
-    }
-    fs::rename(&fresh, &place)?;
-    let folder = target().join("package");
-    fs::create_dir_all(&folder)?;
-    let galaxy = |words: &[&str]| {
-        let mut galaxy = command(python_tool("ansible-galaxy"), ["collection"]);
-        galaxy
-            .args(words)
-            .env("ANSIBLE_HOME", target().join("xtask/ansible-home"))
-            .env("ANSIBLE_NOCOLOR", "1");
-        galaxy
-    };
+    copy_tree(source, &copy)?;
+    place(module, &copy.join(MODULE))?;
     let mut build = galaxy(&["build", "--force", "--output-path"]);
-    build.arg(&folder).arg(checkout().join("collection"));
+    build.arg(into).arg(&copy);
     step("collection", build)?;
-    let version = env!("CARGO_PKG_VERSION");
-    let tarball = folder.join(format!("vmsnap-libvirt-{version}.tar.gz"));
-    if native {
-        let mut install = galaxy(&["install", "--force", "--offline"]);
-        install
-            .arg(&tarball)
-            .arg("-p")
-            .arg(target().join("xtask/collections"));
-        step("installation of the collection", install)?;
-    } else {
-        say(&format!("the collection is in {}", tarball.display()));
+    fs::remove_dir_all(&copy).with_context(|| format!("cannot remove {}", copy.display()))?;
+    // One version for the workspace; Ansible reads its own file.
+    let tarball = into.join(format!(
+        "vmsnap-libvirt-{}.tar.gz",
+        env!("CARGO_PKG_VERSION")
+    ));
+    if !tarball.is_file() {
+        bail!(
+            "{} was not built: the version in collection/galaxy.yml is not the workspace's",
+            tarball.display()
+        );
     }
-    Ok(())
+    Ok(tarball)
+}
+
+fn galaxy(words: &[&str]) -> std::process::Command {
+    let mut galaxy = command(python::tool("ansible-galaxy"), ["collection"]);
+    galaxy
+        .args(words)
+        .env("ANSIBLE_HOME", target().join("xtask/ansible-home"))
+        .env("ANSIBLE_NOCOLOR", "1")
+        .env("LC_ALL", "C.UTF-8");
+    galaxy
+}
+
+/// Copies an executable to a new file, so that one that runs now keeps its own.
+fn place(from: &Path, to: &Path) -> Result<()> {
+    let fresh = to.with_extension("new");
+    let put = || {
+        if let Some(folder) = to.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        fs::copy(from, &fresh)?;
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
+        fs::rename(&fresh, to)
+    };
+    put().with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
+}
+
+/// Copies a folder; links stay links.
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    let copy = || -> std::io::Result<Vec<(PathBuf, PathBuf)>> {
+        fs::create_dir_all(to)?;
+        let mut folders = Vec::new();
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            if LEFT_OVERS.iter().any(|name| entry.file_name() == *name) {
+                continue;
+            }
+            let (source, copy) = (entry.path(), to.join(entry.file_name()));
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                folders.push((source, copy));
+            } else if kind.is_symlink() {
+                symlink(fs::read_link(&source)?, &copy)?;
+            } else {
+                fs::copy(&source, &copy)?;
+            }
+        }
+        Ok(folders)
+    };
+    let folders =
+        copy().with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    folders
+        .iter()
+        .try_for_each(|(from, to)| copy_tree(from, to))
+}
+
+/// Refuses a program that needs a newer glibc than [`GLIBC`].
+fn check_glibc(program: &Path) -> Result<()> {
+    let bytes =
+        fs::read(program).with_context(|| format!("{} was not built", program.display()))?;
+    match newest_glibc(&bytes) {
+        Some(newest) if newest > GLIBC => bail!(
+            "{} needs glibc {}.{}, and {}.{} is promised",
+            program.display(),
+            newest.0,
+            newest.1,
+            GLIBC.0,
+            GLIBC.1
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// The newest version of glibc's symbols that a program names.
+fn newest_glibc(program: &[u8]) -> Option<(u32, u32)> {
+    const MARK: &[u8] = b"GLIBC_";
+    program
+        .windows(MARK.len())
+        .enumerate()
+        .filter(|(_, window)| *window == MARK)
+        .filter_map(|(at, _)| {
+            let rest = &program[at + MARK.len()..];
+            let end = rest
+                .iter()
+                .position(|byte| !byte.is_ascii_digit() && *byte != b'.')?;
+            let version = std::str::from_utf8(&rest[..end]).ok()?;
+            let mut parts = version.split('.').map(|part| part.parse().ok());
+            Some((parts.next()??, parts.next()??))
+        })
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_glibc_that_a_program_names_is_found() {
+        let program = b"\0GLIBC_2.2.5\0GLIBC_2.17\0GLIBC_2.9\0GLIBC_PRIVATE\0GLIBC_";
+        assert_eq!(newest_glibc(program), Some((2, 17)));
+        assert_eq!(newest_glibc(b"static"), None);
+    }
 }

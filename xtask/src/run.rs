@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsStr,
+    os::unix::process::CommandExt as _,
     path::Path,
     process::{Command, Stdio},
     time::Instant,
@@ -46,6 +47,31 @@ pub fn step(name: &str, mut command: Command) -> Result<()> {
         since.elapsed().as_secs_f64()
     ));
     Ok(())
+}
+
+/// Lets a program take this process's place; returns only when it cannot.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn replace(name: &str, mut command: Command) -> Result<()> {
+    say(&format!("── {name}"));
+    let error = command.exec();
+    Err(error).with_context(|| {
+        format!(
+            "{name}: '{}' cannot be run",
+            command.get_program().display()
+        )
+    })
+}
+
+/// A command line as one would type it.
+pub fn shown(command: &Command) -> String {
+    let mut line = command.get_program().to_string_lossy().into_owned();
+    for word in command.get_args() {
+        line.push(' ');
+        line.push_str(&word.to_string_lossy());
+    }
+    line
 }
 
 /// What a command prints; `None` when it fails or is not there.

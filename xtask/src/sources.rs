@@ -29,12 +29,13 @@ pub fn archive_of(suite: &str) -> Option<Archive> {
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
     }
+    // apt reads these two kinds only: others are switched off.
     files.iter().find_map(|file| {
         let text = fs::read_to_string(file).ok()?;
-        if file.extension().is_some_and(|it| it == "sources") {
-            stanzas(&text, suite)
-        } else {
-            one_line(&text, suite)
+        match file.extension()?.to_str()? {
+            "sources" => stanzas(&text, suite),
+            "list" => one_line(&text, suite),
+            _ => None,
         }
     })
 }
