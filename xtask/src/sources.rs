@@ -40,32 +40,51 @@ pub fn archive_of(suite: &str) -> Option<Archive> {
     })
 }
 
-/// The form with one field a line.
+/// The form with one field a line; a value may go on in lines that begin with a
+/// space, as keys that are written out do.
 fn stanzas(text: &str, suite: &str) -> Option<Archive> {
-    text.split("\n\n").find_map(|stanza| {
-        let field = |name: &str| {
-            stanza
-                .lines()
-                .filter(|line| !line.starts_with('#'))
-                .filter_map(|line| line.split_once(':'))
-                .find(|(key, _)| key.trim().eq_ignore_ascii_case(name))
-                .map(|(_, value)| value.trim().to_owned())
-        };
-        let has = |name: &str, wanted: &str| {
-            field(name).is_some_and(|value| value.split_whitespace().any(|word| word == wanted))
-        };
-        (has("Types", "deb") && has("Suites", suite) && has("Components", "main")).then_some(())?;
-        Some(Archive {
-            uri: field("URIs")?.split_whitespace().next()?.to_owned(),
-            signed_by: field("Signed-By").filter(|value| !value.is_empty()),
+    let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    lines
+        .split(|line| line.trim().is_empty())
+        .find_map(|stanza| {
+            let mut fields: Vec<(String, String)> = Vec::new();
+            for line in stanza {
+                if line.starts_with([' ', '\t']) {
+                    if let Some((_, value)) = fields.last_mut() {
+                        value.push('\n');
+                        value.push_str(line);
+                    }
+                } else if let Some((name, value)) = line.split_once(':') {
+                    fields.push((name.trim().to_ascii_lowercase(), value.trim().to_owned()));
+                }
+            }
+            let field = |name: &str| {
+                fields
+                    .iter()
+                    .find(|(found, _)| found == name)
+                    .map(|(_, value)| value)
+            };
+            let has = |name: &str, wanted: &str| {
+                field(name).is_some_and(|value| value.split_whitespace().any(|word| word == wanted))
+            };
+            let off = field("enabled").is_some_and(|value| value.eq_ignore_ascii_case("no"));
+            (!off && has("types", "deb") && has("suites", suite) && has("components", "main"))
+                .then_some(())?;
+            Some(Archive {
+                uri: field("uris")?.split_whitespace().next()?.to_owned(),
+                signed_by: field("signed-by")
+                    .filter(|value| !value.is_empty())
+                    .cloned(),
+            })
         })
-    })
 }
 
 /// The form with one source a line.
 fn one_line(text: &str, suite: &str) -> Option<Archive> {
     text.lines().find_map(|line| {
         let rest = line.trim().strip_prefix("deb")?;
+        // "deb-src" is another kind.
+        rest.starts_with([' ', '\t']).then_some(())?;
         let (options, rest) = match rest.trim_start().strip_prefix('[') {
             Some(rest) => rest.split_once(']')?,
             None => ("", rest),
@@ -108,6 +127,20 @@ pub fn backports(suite: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_source_that_is_switched_off_is_none_and_written_out_keys_are_kept() {
+        let text = "Enabled: no\nTypes: deb\nURIs: http://off\nSuites: bookworm\nComponents: main\n\n\
+            Types: deb\nURIs: http://on\nSuites: bookworm\nComponents: main\nSigned-By:\n -----BEGIN\n .\n abc\n";
+        let found = stanzas(text, "bookworm");
+        assert_eq!(
+            found,
+            Some(Archive {
+                uri: "http://on".into(),
+                signed_by: Some("\n -----BEGIN\n .\n abc".into()),
+            })
+        );
+    }
 
     #[test]
     fn an_archive_is_found_in_both_forms_of_sources() {
