@@ -34,7 +34,7 @@ const MODULES: [&str; 5] = [
     "ext4",
 ];
 /// Raised when this file builds something else from the same inputs.
-const BUILDER: u32 = 2;
+const BUILDER: u32 = 3;
 
 /// The files of a built image.
 #[derive(Debug, Clone)]
@@ -70,14 +70,22 @@ impl Image {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         let unpacked = folder.join("packages");
-        for package in kernel_packages()?
-            .iter()
-            .map(String::as_str)
-            .chain(["qemu-guest-agent"])
-        {
-            unpack(&folder, &unpacked, package)?;
-        }
-        let boot = newest(&unpacked.join("boot"), "vmlinuz-")?;
+        let boot = if from_packages() {
+            let kernel = kernel_packages()?;
+            for package in kernel
+                .iter()
+                .map(String::as_str)
+                .chain(["qemu-guest-agent"])
+            {
+                unpack(&folder, &unpacked, package)?;
+            }
+            newest(&unpacked.join("boot"), "vmlinuz-")?
+        } else {
+            // Elsewhere the host's own kernel and tools serve the guest too.
+            newest(Path::new("/boot"), "vmlinuz-").or_else(|_| {
+                Ok::<_, anyhow::Error>(newest(Path::new("/lib/modules"), "")?.join("vmlinuz"))
+            })?
+        };
         fs::copy(&boot, &image.kernel)?;
         succeed(
             &mut command("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f"])
@@ -96,7 +104,7 @@ impl Image {
                 .arg_path(&image.data),
         )?;
         fs::remove_file(&raw)?;
-        fs::remove_dir_all(&unpacked)?;
+        let _ = fs::remove_dir_all(&unpacked);
         fs::remove_dir_all(&root)?;
         fs::write(stamp, wanted)?;
         Ok(image)
@@ -119,10 +127,21 @@ fn tool(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} is missing: cargo xtask setup installs it"))
 }
 
+/// Whether this distribution's packages can be downloaded and unpacked.
+fn from_packages() -> bool {
+    paths::program("apt-get").is_some() && paths::program("dpkg-deb").is_some()
+}
+
 /// An ssh server for tests of the module over ssh: unpacked with the library
 /// that it needs, so that none is ever installed or started on the machine.
 fn sshd(folder: &Path) -> Result<()> {
     let unpacked = folder.join("sshd");
+    if !from_packages() {
+        let place = unpacked.join("usr/sbin");
+        fs::create_dir_all(&place)?;
+        fs::copy(tool("sshd")?, place.join("sshd"))?;
+        return Ok(());
+    }
     unpack(folder, &unpacked, "openssh-server")?;
     // Not every release links it.
     let _ = unpack(folder, &unpacked, "libwrap0");
@@ -225,7 +244,8 @@ fn layout(root: &Path, unpacked: &Path, key: &Path) -> Result<()> {
     fs::write(root.join("etc/shells"), "/bin/sh\n")?;
     fs::copy(key.with_extension("pub"), root.join("etc/authorized_keys"))?;
     fs::copy(tool("busybox")?, root.join("bin/busybox"))?;
-    binary(root, &newest(&unpacked.join("usr/sbin"), "qemu-ga")?)?;
+    let agent = newest(&unpacked.join("usr/sbin"), "qemu-ga").or_else(|_| tool("qemu-ga"))?;
+    binary(root, &agent)?;
     binary(root, &tool("dropbear")?)?;
     modules(root, unpacked)
 }
@@ -254,6 +274,11 @@ fn binary(root: &Path, program: &Path) -> Result<()> {
 }
 
 fn modules(root: &Path, unpacked: &Path) -> Result<()> {
+    let unpacked = if from_packages() {
+        unpacked
+    } else {
+        Path::new("/")
+    };
     // Newer packages put them below /usr.
     if !unpacked.join("lib/modules").exists() {
         let _ = fs::remove_dir_all(unpacked.join("lib"));
@@ -262,11 +287,13 @@ fn modules(root: &Path, unpacked: &Path) -> Result<()> {
     let version = newest(&unpacked.join("lib/modules"), "")?;
     let name = version.file_name().context("a version has a name")?;
     // Packages leave this list to be made when they are installed.
-    succeed(
-        &mut command(tool("depmod")?, ["-b"])
-            .arg_path(unpacked)
-            .arg_path(Path::new(name)),
-    )?;
+    if !version.join("modules.dep").exists() {
+        succeed(
+            &mut command(tool("depmod")?, ["-b"])
+                .arg_path(unpacked)
+                .arg_path(Path::new(name)),
+        )?;
+    }
     let builtin: BTreeSet<String> = fs::read_to_string(version.join("modules.builtin"))?
         .lines()
         .map(module_name)
