@@ -62,7 +62,12 @@ fn sentence(failure: &Failure) -> String {
         if text.is_empty() {
             text = part;
         } else {
-            text = format!("{text}; {part}");
+            let joint = if text.ends_with(['?', '.']) {
+                " "
+            } else {
+                "; "
+            };
+            text = format!("{text}{joint}{part}");
         }
     };
     for violation in &failure.violations {
@@ -111,7 +116,7 @@ mod tests {
         assert_eq!(
             values["msg"],
             "web01 has no snapshot \"befor\"; the valid names are before, nightly; did you mean \
-             \"before\"?; what worked here before: list first (SNAPSHOT_NOT_FOUND)"
+             \"before\"? what worked here before: list first (SNAPSHOT_NOT_FOUND)"
         );
         assert_eq!(values["failed"], true);
         assert_eq!(values["error"]["reason"], "SNAPSHOT_NOT_FOUND");

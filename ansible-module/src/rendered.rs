@@ -119,8 +119,8 @@ pub fn add_diff(values: &mut Values, vm_name: &str, changes: &[v1::FieldChange])
         json!({
             "before": before,
             "after": after,
-            "before_header": format!("{vm_name} (before)"),
-            "after_header": format!("{vm_name} (after)"),
+            "before_header": vm_name,
+            "after_header": vm_name,
         }),
     );
 }

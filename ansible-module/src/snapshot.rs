@@ -216,7 +216,7 @@ async fn plan(
         Err(Error::Failed(failure)) if failure.reason == SNAPSHOT_NOT_FOUND => {
             // An earlier task of the same play may be what would have made it.
             let text = format!(
-                "{}; in check mode this is no failure, because an earlier task may be what creates it",
+                "{} (no failure in check mode: an earlier task may be what creates it)",
                 failure.message
             );
             values.insert("changed".to_owned(), Value::Bool(true));

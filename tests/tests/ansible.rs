@@ -160,6 +160,12 @@ fn the_collection_documents_itself_and_passes_the_linter() -> Result<()> {
     for part in ["state_after", "EXAMPLES", "RETURN VALUES", "if_exists"] {
         assert!(shown.contains(part), "{part}");
     }
+    let installed = paths::collections().join("ansible_collections/vmsnap/libvirt");
+    command::succeed(
+        tool("ansible-lint")
+            .args(["--offline", "--nocolor"])
+            .current_dir(installed),
+    )?;
     Ok(())
 }
 

@@ -559,7 +559,7 @@ vm:
   type: dict
 storage:
   description: The pool, its volumes with the VMs that use them, and orphaned files.
-  returned: for O(action=list), O(action=commit) and O(action=cleanup)
+  returned: where the action reads it, always for O(action=list), O(action=commit) and O(action=cleanup)
   type: dict
   contains:
     pool:
