@@ -466,6 +466,10 @@ fn a_list_shows_the_tree_the_vm_and_the_storage_and_changes_nothing() -> Result<
     ] {
         assert!(text.contains(part), "{part} in {text}");
     }
+    // A host without that pool, and a VM without any, work all the same.
+    let poolless = agent.vmsnap(&["cleanup", name, "--pool", "nowhere"])?;
+    assert_eq!(poolless.result()?["changed"], false);
+    assert!(poolless.result()?["storage"]["pool"].is_null());
     let tree = agent.vmsnap(&["ls", name])?;
     let tree = tree.document()?.to_string();
     assert!(tree.contains("\"parent\":\"a\""), "{tree}");
@@ -501,6 +505,16 @@ fn a_run_goes_on_when_its_caller_is_killed_and_can_be_watched_from_any_event_on(
     assert_eq!(second.all("queued").count(), 1);
     second.result()?;
     assert_eq!(guest.snapshots()?, ["t"]);
+    let same = ["create", name, "u", "--request-id", "mine"];
+    let (first, joined) = (agent.vmsnap(&same)?, agent.vmsnap(&same)?);
+    assert_eq!(
+        first.run_id()?,
+        joined.run_id()?,
+        "an equal id joins a run that is over"
+    );
+    let other = agent.vmsnap(&["create", name, "v", "--request-id", "mine"])?;
+    assert_eq!(other.status, 1);
+    assert_eq!(guest.snapshots()?, ["t", "u"]);
     let log = agent.vmsnap(&["log", name])?;
     let text = serde_json::to_string(&log.events)?;
     let id = second

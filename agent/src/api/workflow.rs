@@ -82,6 +82,7 @@ impl WorkflowService for Service {
         let asked = spec::request(message.spec).map_err(failed)?;
         let how = Submission {
             request_id: message.request_id,
+            join_finished: message.join_finished,
             plan_hash: message.plan_hash,
             timeout,
         };

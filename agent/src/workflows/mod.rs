@@ -4,8 +4,9 @@
 //! Invariants
 //! - One run at a time changes a VM; the next waits and is told for whom.
 //! - A run belongs to the agent: it is a task of its own, callers only watch.
-//! - An equal request id joins the run it belongs to, going on or over; without
-//!   an id, an equal request joins only a run that goes on.
+//! - An equal request id joins the run it belongs to while it goes on, and when
+//!   it is over if that is asked for; without an id, an equal request joins only a
+//!   run that goes on.
 //! - Interrupted runs are recovered before anybody is served.
 
 mod live;
@@ -42,6 +43,8 @@ pub use watch::Event;
 pub struct Submission {
     /// The caller's own id for it; empty for none.
     pub request_id: String,
+    /// An equal id joins a run that is over too, not only one that goes on.
+    pub join_finished: bool,
     /// Run only if the plan has this hash; empty for any.
     pub plan_hash: String,
     /// Stop it when it takes longer.
@@ -134,7 +137,7 @@ impl Workflows {
         caller: Caller,
     ) -> Result<String, Fault> {
         request.check()?;
-        if let Some(id) = self.joined(&request, &how.request_id).await? {
+        if let Some(id) = self.joined(&request, &how).await? {
             return Ok(id);
         }
         if self.0.stopping.load(Ordering::Acquire) {
@@ -204,7 +207,8 @@ impl Workflows {
     }
 
     /// The run that a request belongs to, if there is one.
-    async fn joined(&self, request: &Request, request_id: &str) -> Result<Option<String>, Fault> {
+    async fn joined(&self, request: &Request, how: &Submission) -> Result<Option<String>, Fault> {
+        let request_id = how.request_id.as_str();
         let same = |id: &str, found: &Request| {
             if found == request {
                 Ok(Some(id.to_owned()))
@@ -234,6 +238,9 @@ impl Workflows {
             .cloned();
         if let Some(live) = going_on {
             return same(&live.id, &live.request);
+        }
+        if !how.join_finished {
+            return Ok(None);
         }
         match self.0.journal.by_request_id(request_id).await? {
             Some(run) => same(&run.id, &run.request),
