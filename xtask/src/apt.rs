@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     python,
-    run::{command, say, step},
+    run::{command, output, say, step},
     sources,
     system::{Release, privileged, serving},
     target,
@@ -47,6 +47,8 @@ const HYPERVISOR: &[&str] = &[
     "qemu-system-x86",
     "qemu-utils",
 ];
+/// What newer releases split from the daemon's package and older ones do not know.
+const SPLIT: &[&str] = &["libvirt-daemon-driver-storage"];
 /// The package whose version is libvirt's.
 const LIBVIRT: &str = "libvirt-daemon-driver-qemu";
 /// libvirt 9.10 was the first that reverts external snapshots.
@@ -64,7 +66,7 @@ pub fn install(yes: bool) -> Result<()> {
     if !python::is_made() && !python::can_be_made() {
         plain.push("python3-venv");
     }
-    let present = installed(&[&plain, HYPERVISOR].concat());
+    let present = installed(&[&plain, HYPERVISOR, SPLIT].concat());
     let missing = |packages: &[&'static str]| -> Vec<&'static str> {
         packages
             .iter()
@@ -76,11 +78,16 @@ pub fn install(yes: bool) -> Result<()> {
         .get(LIBVIRT)
         .filter(|version| numbers(version) < OLDEST);
     let plain = missing(&plain);
-    let hypervisor = if too_old.is_some() {
+    let mut hypervisor = if too_old.is_some() {
         HYPERVISOR.to_vec()
     } else {
         missing(HYPERVISOR)
     };
+    let split = missing(SPLIT);
+    // With a daemon's package yet to come, only the lists of then can tell.
+    if !hypervisor.is_empty() || split.iter().any(|name| known(name)) {
+        hypervisor.extend(split);
+    }
     if plain.is_empty() && hypervisor.is_empty() {
         return Ok(());
     }
@@ -116,9 +123,15 @@ pub fn install(yes: bool) -> Result<()> {
         say(&format!("{error:#}; going on with what is known"));
     }
     let suite = suite.map(|suite| format!("{suite}-backports"));
+    hypervisor.retain(|name| !SPLIT.contains(name) || known(name));
     let _quiet = Quiet::begin()?;
     get(&hypervisor, suite.as_deref())?;
     get(&plain, None)
+}
+
+/// Whether apt knows a package.
+fn known(package: &str) -> bool {
+    output(command("apt-cache", ["show", package])).is_some()
 }
 
 /// Adds the backports of a suite to apt's sources, unless one has them.

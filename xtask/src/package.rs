@@ -81,10 +81,7 @@ pub fn install_native() -> Result<()> {
     step("strip", strip)?;
     let tarball = collection(&checkout().join("collection"), &module, &folder)?;
     let mut install = galaxy(&["install", "--force", "--offline"]);
-    install
-        .arg(&tarball)
-        .arg("-p")
-        .arg(target().join("xtask/collections"));
+    install.arg(&tarball).arg("-p").arg(collections());
     step("installation of the collection", install)
 }
 
@@ -114,10 +111,16 @@ fn collection(source: &Path, module: &Path, into: &Path) -> Result<PathBuf> {
     Ok(tarball)
 }
 
+/// Where tests and demo look for the collection.
+fn collections() -> PathBuf {
+    target().join("xtask/collections")
+}
+
 fn galaxy(words: &[&str]) -> std::process::Command {
     let mut galaxy = command(python::tool("ansible-galaxy"), ["collection"]);
     galaxy
         .args(words)
+        .env("ANSIBLE_COLLECTIONS_PATH", collections())
         .env("ANSIBLE_HOME", target().join("xtask/ansible-home"))
         .env("ANSIBLE_NOCOLOR", "1")
         .env("LC_ALL", "C.UTF-8");
