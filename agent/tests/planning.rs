@@ -322,6 +322,7 @@ prop_compose! {
             capacity: 1,
             allocation: 1,
             backing: None,
+            used_by: Vec::new(),
         });
         facts
     }
@@ -642,6 +643,7 @@ fn a_left_over_volume_in_use_stays_with_the_reason() {
         capacity: 1,
         allocation: 1,
         backing: None,
+        used_by: Vec::new(),
     };
     facts.storage.volumes.push(volume);
     let cleanup = request(Action::Cleanup(Cleanup::default()));

@@ -68,6 +68,7 @@ fn a_playbook_snapshots_damages_and_reverts_a_guest_and_says_what_changed() -> R
     assert_eq!(listed["changed"], false);
     assert_eq!(listed["snapshots"][0]["name"], "s");
     assert_eq!(listed["vm"]["state"], "running");
+    assert!(listed["storage"]["volumes"].is_array());
     assert_eq!(played.kept("cleaned")?["changed"], true);
     assert_eq!(played.kept("clean")?["changed"], false);
     guest.lives()

@@ -126,7 +126,7 @@ impl InventoryService for Service {
             &message.pool
         };
         let (storage, users) = self.0.observer().volumes(pool).await.map_err(failed)?;
-        let storage = reply::storage(&storage, None);
+        let storage = reply::storage(&storage);
         let mut volumes = storage.volumes;
         for volume in &mut volumes {
             volume.used_by = users.get(&volume.path).cloned().unwrap_or_default();

@@ -243,9 +243,9 @@ pub fn snapshots(vm_name: &str, all: &[Snapshot]) -> Vec<v1::Snapshot> {
     all.iter().map(|one| snapshot(vm_name, one, all)).collect()
 }
 
-/// Pool and volumes; `used_by` comes from the facts where somebody looked.
+/// Pool and volumes.
 #[must_use]
-pub fn storage(storage: &Storage, facts: Option<&Facts>) -> v1::Storage {
+pub fn storage(storage: &Storage) -> v1::Storage {
     v1::Storage {
         pool: storage.pool.as_ref().map(|pool| v1::Pool {
             name: pool.name.clone(),
@@ -266,15 +266,7 @@ pub fn storage(storage: &Storage, facts: Option<&Facts>) -> v1::Storage {
                 capacity_bytes: volume.capacity,
                 allocation_bytes: volume.allocation,
                 backing_path: volume.backing.clone().unwrap_or_default(),
-                used_by: facts
-                    .and_then(|facts| facts.users.as_ref())
-                    .and_then(|users| users.get(&volume.path))
-                    .into_iter()
-                    .flatten()
-                    .map(|user| user.vm.clone())
-                    .collect::<std::collections::BTreeSet<_>>()
-                    .into_iter()
-                    .collect(),
+                used_by: volume.used_by.clone(),
             })
             .collect(),
         orphans: storage
@@ -354,7 +346,7 @@ pub fn outcome(outcome: &Outcome) -> v1::WorkflowResult {
             .map(|one| snapshot(name, one, &outcome.snapshots)),
         vm: outcome.vm.as_ref().map(vm),
         snapshots: snapshots(name, &outcome.snapshots),
-        storage: outcome.storage.as_ref().map(|it| storage(it, None)),
+        storage: outcome.storage.as_ref().map(storage),
         guest: outcome.guest.as_ref().map(guest),
         consistency: outcome
             .consistency
@@ -408,7 +400,7 @@ pub fn plan(plan: &Plan, facts: Option<&Facts>) -> v1::Plan {
                 .map(|one| snapshot(&facts.vm.name, one, &facts.snapshots)),
             vm: Some(vm(&facts.vm)),
             snapshots: snapshots(&facts.vm.name, &facts.snapshots),
-            storage: Some(storage(&facts.storage, Some(facts))),
+            storage: Some(storage(&facts.storage)),
             consistency: plan
                 .consistency
                 .map_or(v1::Consistency::Unspecified, consistency) as i32,

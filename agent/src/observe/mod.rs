@@ -166,6 +166,18 @@ impl Observer {
         } else {
             None
         };
+        let mut storage = storage;
+        if let Some(users) = &users {
+            for volume in &mut storage.volumes {
+                let names: BTreeSet<String> = users
+                    .get(&volume.path)
+                    .into_iter()
+                    .flatten()
+                    .map(|user| user.vm.clone())
+                    .collect();
+                volume.used_by = names.into_iter().collect();
+            }
+        }
         let folders = self.folders(&vm, &snapshots, &storage).await;
         let mut facts = Facts {
             now,
@@ -232,6 +244,7 @@ impl Observer {
                 capacity: volume.capacity,
                 allocation: volume.allocation,
                 backing: volume.backing_path,
+                used_by: Vec::new(),
             })
             .collect();
         volumes.sort_by(|a, b| a.name.cmp(&b.name));
@@ -484,8 +497,9 @@ fn needs_users(action: &Action) -> bool {
         Action::Commit(commit) => {
             commit.all || !commit.name.is_empty() || commit.resize_to.is_some()
         }
-        Action::Cleanup(_) => true,
+        // A list tells who uses each volume.
+        Action::Cleanup(_) | Action::List(_) => true,
         Action::Create(create) => create.if_exists == IfExists::Replace,
-        Action::Revert(_) | Action::List(_) | Action::Confirm { .. } => false,
+        Action::Revert(_) | Action::Confirm { .. } => false,
     }
 }

@@ -477,6 +477,9 @@ pub struct Volume {
     pub allocation: u64,
     /// Its backing file.
     pub backing: Option<String>,
+    /// VMs whose chains name it, where somebody looked.
+    #[serde(default)]
+    pub used_by: Vec<String>,
 }
 
 /// A file that nobody refers to.

@@ -264,8 +264,8 @@ impl Workflows {
                 live.stop(Fault::new(
                     Reason::TimedOut,
                     format!(
-                        "the run took longer than its timeout of {} s",
-                        timeout.as_secs()
+                        "the run took longer than its timeout of {}",
+                        planning::actions::checks::for_people(timeout)
                     ),
                 ));
             })
