@@ -34,6 +34,7 @@ const PLAIN: &[&str] = &[
     "openssh-client",
     "passt",
     "pkg-config",
+    "procps",
     "xz-utils",
     "zstd",
 ];

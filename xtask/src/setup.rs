@@ -1,5 +1,5 @@
-//! Installing what is missing: packages of the distribution, the account of the
-//! private daemons, Rust's own tools, Python programs, the test runner.
+//! Installing what is missing: packages of the distribution, the accounts of
+//! root's runs, Rust's own tools, Python programs, the test runner.
 //!
 //! Invariants: says what it will install; a second run finds everything and
 //! takes well below a second; runs side by side wait for each other.
@@ -56,7 +56,7 @@ pub fn run(yes: bool) -> Result<()> {
             lacking.join(" ")
         ));
     }
-    system::account()?;
+    system::accounts()?;
     components()?;
     python::install(python::TOOLS)?;
     nextest()?;

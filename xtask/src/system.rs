@@ -8,9 +8,22 @@ use anyhow::{Result, bail};
 
 use crate::run::{command, find, output, say, shown, step};
 
-/// The account that a root caller's private daemons run under: libvirt sends
-/// root to the system daemon whatever the session, and passt refuses root.
-const ACCOUNT: &str = "vmsnap-lab";
+/// The accounts that root's runs need: name, home and what it is for.
+const ACCOUNTS: &[(&str, &str, &str)] = &[
+    // libvirt sends root to the system daemon whatever the session, and passt
+    // refuses root.
+    (
+        "vmsnap-lab",
+        "/nonexistent",
+        "the tests' private daemons run under it",
+    ),
+    // As its package makes it, which is never installed: it would start a server.
+    (
+        "sshd",
+        "/run/sshd",
+        "the tests' ssh server drops its rights to it",
+    ),
+];
 
 /// `/etc/os-release`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -113,37 +126,29 @@ fn is_hypervisor(name: &str) -> bool {
     matches!(name, "libvirtd" | "virtqemud" | "qemu-kvm" | "kvm") || name.starts_with("qemu-system")
 }
 
-/// Makes the account that private daemons of root's run under.
+/// Makes the accounts that programs of root's need; a user's run under the
+/// user's own.
 ///
 /// # Errors
-/// When it cannot be made.
-pub fn account() -> Result<()> {
-    if !root() || output(command("getent", ["passwd", ACCOUNT])).is_some() {
+/// When one cannot be made.
+pub fn accounts() -> Result<()> {
+    if !root() {
         return Ok(());
     }
-    say(&format!(
-        "the account {ACCOUNT} is made: private daemons of root's tests run under it"
-    ));
     let shell = ["/usr/sbin/nologin", "/sbin/nologin"]
         .into_iter()
         .find(|path| Path::new(path).exists())
         .unwrap_or("/bin/false");
-    step(
-        "account",
-        command(
-            "useradd",
-            [
-                "--system",
-                "--user-group",
-                "--no-create-home",
-                "--home-dir",
-                "/nonexistent",
-                "--shell",
-                shell,
-                ACCOUNT,
-            ],
-        ),
-    )
+    for (name, home, purpose) in ACCOUNTS {
+        if output(command("getent", ["passwd", name])).is_some() {
+            continue;
+        }
+        say(&format!("the account {name} is made: {purpose}"));
+        let mut make = command("useradd", ["--system", "--user-group", "--no-create-home"]);
+        make.args(["--home-dir", home, "--shell", shell, name]);
+        step("account", make)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
