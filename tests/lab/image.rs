@@ -34,7 +34,7 @@ const MODULES: [&str; 5] = [
     "ext4",
 ];
 /// Raised when this file builds something else from the same inputs.
-const BUILDER: u32 = 3;
+const BUILDER: u32 = 4;
 
 /// The files of a built image.
 #[derive(Debug, Clone)]
@@ -55,6 +55,12 @@ impl Image {
     /// # Errors
     /// When a tool is missing or a package cannot be had.
     pub fn build() -> Result<Self> {
+        // Two labs that start side by side build it once.
+        fs::create_dir_all(paths::kept())?;
+        let alone = fs::File::create(paths::kept().join("lab-image.lock"))?;
+        alone
+            .lock()
+            .context("the image's folder cannot be locked")?;
         let folder = paths::kept().join("lab-image");
         let image = Self {
             kernel: folder.join("vmlinuz"),
@@ -75,7 +81,7 @@ impl Image {
             for package in kernel
                 .iter()
                 .map(String::as_str)
-                .chain(["qemu-guest-agent"])
+                .chain(["qemu-guest-agent", "busybox-static"])
             {
                 unpack(&folder, &unpacked, package)?;
             }
@@ -243,7 +249,13 @@ fn layout(root: &Path, unpacked: &Path, key: &Path) -> Result<()> {
     fs::write(root.join("etc/group"), "root:x:0:\n")?;
     fs::write(root.join("etc/shells"), "/bin/sh\n")?;
     fs::copy(key.with_extension("pub"), root.join("etc/authorized_keys"))?;
-    fs::copy(tool("busybox")?, root.join("bin/busybox"))?;
+    // Unpacked, for its package would replace the one that a host's own initial
+    // ramdisk is made with.
+    let busybox = ["bin", "usr/bin"]
+        .iter()
+        .find_map(|place| newest(&unpacked.join(place), "busybox").ok())
+        .map_or_else(|| tool("busybox"), Ok)?;
+    fs::copy(busybox, root.join("bin/busybox"))?;
     let agent = newest(&unpacked.join("usr/sbin"), "qemu-ga").or_else(|_| tool("qemu-ga"))?;
     binary(root, &agent)?;
     binary(root, &tool("dropbear")?)?;
@@ -355,7 +367,7 @@ fn decompress(from: &Path, to: &Path) -> Result<()> {
 }
 
 fn pack(root: &Path, initrd: &Path) -> Result<()> {
-    let script = "find . | busybox cpio -o -H newc 2>/dev/null | gzip -1 > \"$1\"";
+    let script = "find . | bin/busybox cpio -o -H newc 2>/dev/null | gzip -1 > \"$1\"";
     succeed(
         command("sh", ["-e", "-c", script, "pack"])
             .arg(initrd)

@@ -24,7 +24,6 @@ use crate::{
 
 /// Packages for building and for what tests and demo call.
 const PLAIN: &[&str] = &[
-    "busybox-static",
     "ca-certificates",
     "dropbear-bin",
     "e2fsprogs",
