@@ -686,3 +686,24 @@ fn an_offline_delete_under_another_branch_is_refused_because_libvirt_crashes() {
     let fault = plan(&cleanup, &facts).unwrap_err();
     assert_eq!(fault.reason, Reason::SnapshotBranches);
 }
+
+#[test]
+fn uefi_variables_are_put_back_only_while_the_vm_is_off() {
+    for (memory, put_back) in [
+        (Memory::None, true),
+        (Memory::External(path("m.mem")), false),
+    ] {
+        let mut facts = with_chain(running(), 1);
+        facts.vm.firmware.uefi = true;
+        facts.vm.firmware.nvram = Some(path("web1.fd"));
+        facts.snapshots[0].memory = memory;
+        facts.snapshots[0].record.as_mut().unwrap().nvram_copy = Some(path("web1.s0.nvram"));
+        let plan = plan(&request(Action::Revert(Revert::to("s0"))), &facts).unwrap();
+        let steps = names(&plan);
+        let at = |name: &str| steps.iter().position(|step| *step == name);
+        assert_eq!(at("restore-nvram").is_some(), put_back, "{steps:?}");
+        if let Some(restored) = at("restore-nvram") {
+            assert!(at("revert") < Some(restored) && Some(restored) < at("start"));
+        }
+    }
+}

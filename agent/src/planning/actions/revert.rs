@@ -61,16 +61,21 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         force: revert.force,
         definition,
     });
-    if let Some(copy) = snapshot
+    let copy = snapshot
         .record
         .as_ref()
-        .and_then(|record| record.nvram_copy.clone())
-        && let Some(nvram) = &facts.vm.firmware.nvram
-    {
-        draft.push(Step::RestoreNvram {
-            from: copy,
-            to: nvram.clone(),
-        });
+        .and_then(|record| record.nvram_copy.clone());
+    match (copy, &facts.vm.firmware.nvram) {
+        (Some(_), Some(_)) if saved => draft.decide(
+            "uefi variables",
+            "from memory",
+            "QEMU writes the saved flash back into their file when it loads the memory",
+        ),
+        (Some(from), Some(to)) => {
+            let to = to.clone();
+            draft.push(Step::RestoreNvram { from, to });
+        }
+        _ => {}
     }
     match (saved, after) {
         (true, VmState::Stopped) => {
