@@ -11,7 +11,10 @@ fn damage(guest: &Domain) -> Result<()> {
 }
 
 fn is_damaged(guest: &Domain) -> Result<bool> {
-    Ok(guest.exec("ls /data")?.contains("damage"))
+    Ok(guest
+        .exec("test -e /data/damage && echo yes || echo no")?
+        .trim()
+        == "yes")
 }
 
 fn runs_thawed(guest: &Domain) -> Result<()> {
@@ -535,14 +538,15 @@ fn an_agent_killed_while_it_holds_a_guest_lets_it_run_again_when_it_comes_back()
     let (guest, mut agent) = (lab.guest()?, lab.agent("")?);
     let name = guest.name.clone();
     // A hung guest agent makes the freeze last, so that the kill comes within it.
-    guest.exec("printf '#!/bin/sh\\n[ $1 = freeze ] && sleep 4\\nexit 0\\n' > /run/freeze-hook; chmod +x /run/freeze-hook")?;
+    guest.exec("printf '#!/bin/sh\\ntouch /run/hook-ran\\n[ $1 = freeze ] && sleep 4\\nexit 0\\n' > /run/freeze-hook; chmod +x /run/freeze-hook")?;
     let mut caller = agent.cli(&["create", &name, "s", "--consistency", "filesystem"])?;
     let mut caller = caller
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()?;
-    eventually(Duration::from_secs(20), "freeze", || {
-        agent.log().contains("step=\"freeze")
+    // Seen over ssh: the guest agent is busy with the hook.
+    eventually(Duration::from_secs(30), "freeze", || {
+        guest.ssh("test -e /run/hook-ran").is_ok()
     })?;
     agent.kill();
     caller.kill()?;
