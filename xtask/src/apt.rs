@@ -122,10 +122,13 @@ pub fn install(yes: bool) -> Result<()> {
     if let Err(error) = step("package lists", privileged(&["apt-get", "update", "-q"])?) {
         say(&format!("{error:#}; going on with what is known"));
     }
-    let suite = suite.map(|suite| format!("{suite}-backports"));
+    let preferences = match &suite {
+        Some(suite) => Some(prefer_backports(suite)?),
+        None => None,
+    };
     hypervisor.retain(|name| !SPLIT.contains(name) || known(name));
     let _quiet = Quiet::begin()?;
-    get(&hypervisor, suite.as_deref())?;
+    get(&hypervisor, preferences.as_deref())?;
     get(&plain, None)
 }
 
@@ -149,8 +152,26 @@ fn offer_backports(suite: &str) -> Result<()> {
     )
 }
 
+/// Writes apt's preferences for this one installation, and returns the option
+/// that makes apt read them: the user's own, and the hypervisor's sources from
+/// backports. Making the whole suite the target would also pull in its systemd.
+fn prefer_backports(suite: &str) -> Result<String> {
+    let file = target().join("xtask/preferences");
+    let own = fs::read_to_string("/etc/apt/preferences").unwrap_or_default();
+    fs::write(&file, preferences(&own, suite))
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    Ok(format!("Dir::Etc::Preferences={}", file.display()))
+}
+
+fn preferences(own: &str, suite: &str) -> String {
+    format!(
+        "{own}\n\nPackage: src:libvirt src:qemu src:seabios\nPin: release n={suite}-backports\n\
+         Pin-Priority: 990\n"
+    )
+}
+
 /// Installs packages after looking at all that apt would change.
-fn get(packages: &[&str], suite: Option<&str>) -> Result<()> {
+fn get(packages: &[&str], preferences: Option<&str>) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
@@ -161,8 +182,8 @@ fn get(packages: &[&str], suite: Option<&str>) -> Result<()> {
         "--no-install-recommends",
         "--no-remove",
     ];
-    if let Some(suite) = suite {
-        words.extend(["-t", suite]);
+    if let Some(preferences) = preferences {
+        words.extend(["-o", preferences]);
     }
     words.extend(packages);
     let mut dry = command("apt-get", ["-s"]);
@@ -291,6 +312,18 @@ fn agreed() -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_hypervisor_is_preferred_from_backports_and_own_preferences_stay() {
+        let text = preferences("Package: x\nPin: version 1\nPin-Priority: 1", "bookworm");
+        assert_eq!(
+            text.split("\n\n").collect::<Vec<_>>(),
+            [
+                "Package: x\nPin: version 1\nPin-Priority: 1",
+                "Package: src:libvirt src:qemu src:seabios\nPin: release n=bookworm-backports\nPin-Priority: 990\n"
+            ]
+        );
+    }
 
     #[test]
     fn versions_of_packages_compare_by_their_upstream_numbers() {
