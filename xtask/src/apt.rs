@@ -91,10 +91,20 @@ pub fn install(yes: bool) -> Result<()> {
     if plain.is_empty() && hypervisor.is_empty() {
         return Ok(());
     }
+    if let Some(version) = too_old {
+        let serving = serving();
+        if !serving.is_empty() {
+            bail!(
+                "the installed libvirt {version} cannot revert external snapshots, and it is not \
+                 replaced while it serves guests ({}); upgrade it yourself, or use another machine",
+                serving.join(", ")
+            );
+        }
+    }
     let release = Release::read();
     let suite = release.backports().filter(|_| !hypervisor.is_empty());
     say(&format!(
-        "on {} these packages are missing and will be installed:",
+        "on {} these packages are missing or too old and will be installed:",
         release.name()
     ));
     for names in [&hypervisor, &plain]
