@@ -67,6 +67,9 @@ impl Lab {
         ] {
             command.env(name, self.folder.join(folder));
         }
+        // A client of a session would start a daemon of its own beside the lab's,
+        // or after it.
+        command.env("LIBVIRT_AUTOSTART", "0");
         command.current_dir(&self.folder);
         command
     }

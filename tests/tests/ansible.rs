@@ -253,7 +253,9 @@ fn the_module_runs_over_ssh_with_one_line_of_json() -> Result<()> {
             "-i", "127.0.0.1,", "-c", "ssh", "--limit", "127.0.0.1",
             "-e", &format!("ansible_port={}", sshd.port),
             "-e", &format!("ansible_ssh_private_key_file={}", key.display()),
-            "-e", "ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes'",
+            "-e", "ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes -o ControlMaster=no'",
+            // Only root's server can hand out a terminal.
+            "-e", &format!("ansible_ssh_use_tty={}", command::User::current().uid == 0),
         ],
     )?;
     let log = fs::read_to_string(sshd.folder.join("log")).unwrap_or_default();
