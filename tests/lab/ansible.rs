@@ -22,6 +22,8 @@ pub fn tool(name: &str) -> Command {
     command
         .env("ANSIBLE_COLLECTIONS_PATH", paths::collections())
         .env("ANSIBLE_NOCOLOR", "1")
+        // Without a shared connection, which would outlive the lab by a minute.
+        .env("ANSIBLE_SSH_ARGS", "-C")
         .env("ANSIBLE_LOCALHOST_WARNING", "False")
         .env("ANSIBLE_HOME", paths::kept().join("ansible-home"))
         .env("LC_ALL", "C.UTF-8");
@@ -105,6 +107,7 @@ impl Lab {
             ))
             .args(arguments)
             .arg(&file)
+            .env("TMPDIR", &folder)
             .current_dir(&folder);
         let output = run(&mut command, None, PLAY)?;
         Ok(Played {

@@ -60,6 +60,8 @@ pub fn run() -> Result<u8> {
             "ansible_python_interpreter": paths::python_tool("python3"),
         }))?)
         .arg(paths::checkout().join("tests/demo/playbook.yml"))
+        // What ansible-core leaves when it is interrupted goes with the lab.
+        .env("TMPDIR", &kept)
         .stdin(Stdio::null());
     let mut child = playbook.spawn().context("ansible-playbook cannot be run")?;
     let over = Arc::new(AtomicBool::new(false));

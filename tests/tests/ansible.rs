@@ -253,7 +253,7 @@ fn the_module_runs_over_ssh_with_one_line_of_json() -> Result<()> {
             "-i", "127.0.0.1,", "-c", "ssh", "--limit", "127.0.0.1",
             "-e", &format!("ansible_port={}", sshd.port),
             "-e", &format!("ansible_ssh_private_key_file={}", key.display()),
-            "-e", "ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes -o ControlMaster=no'",
+            "-e", "ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o IdentitiesOnly=yes'",
             // Only root's server can hand out a terminal.
             "-e", &format!("ansible_ssh_use_tty={}", command::User::current().uid == 0),
         ],

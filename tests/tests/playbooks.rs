@@ -27,7 +27,7 @@ impl Site {
         fs::create_dir(&folder)?;
         let inventory = format!(
             "[guests]\n{name} ansible_host=127.0.0.1 ansible_port={port} ansible_user=root ansible_ssh_private_key_file={key} \
-             ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ControlMaster=no'\n\
+             ansible_ssh_common_args='-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null'\n\
              [hypervisors]\nlocalhost ansible_connection=local\n",
             name = guest.name,
             port = guest.ssh_port,
