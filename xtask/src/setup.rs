@@ -6,6 +6,7 @@
 
 use std::{
     fs::{self, File},
+    path::Path,
     process::Command,
 };
 
@@ -94,6 +95,20 @@ fn elsewhere() -> Vec<&'static str> {
         .collect();
     if output(command("pkg-config", ["--exists", "libvirt"])).is_none() {
         lacking.push("libvirt-devel");
+    }
+    // Drivers are loaded by the daemon and come in packages of their own.
+    for driver in ["qemu", "storage"] {
+        let file = format!("libvirt/connection-driver/libvirt_driver_{driver}.so");
+        if !["/usr/lib64", "/usr/lib"]
+            .iter()
+            .any(|folder| Path::new(folder).join(&file).exists())
+        {
+            lacking.push(if driver == "qemu" {
+                "libvirt-daemon-driver-qemu"
+            } else {
+                "libvirt-daemon-driver-storage-core"
+            });
+        }
     }
     lacking
 }
