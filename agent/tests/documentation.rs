@@ -1,11 +1,81 @@
-//! What the documentation says of the configuration is what the agent has.
+//! What the documentation says of the configuration and of errors is what the
+//! agent has.
 
-use vmsnap_agent::config::Config;
+use std::path::Path;
+
+use vmsnap_agent::{config::Config, planning::Reason};
+
+const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
+
+fn read(page: &str) -> String {
+    let path = Path::new(DOCS).join(page);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
 
 #[test]
 fn the_example_configuration_is_the_defaults() {
-    let text = include_str!("../../docs/agent.example.toml");
-    let example = Config::parse(text, "agent.example.toml").unwrap();
+    let example = Config::parse(&read("agent.example.toml"), "agent.example.toml").unwrap();
     assert_eq!(example, Config::default());
     assert_eq!(example.check(), Ok(()));
+}
+
+#[test]
+fn every_key_of_the_configuration_is_explained_with_its_default() {
+    let page = read("configuration.md");
+    let keys: toml::Table = toml::from_str(&toml::to_string(&Config::default()).unwrap()).unwrap();
+    for (section, keys) in &keys {
+        for (key, default) in keys.as_table().unwrap() {
+            let line = format!("| `{section}.{key}` | `{default}` |");
+            assert!(page.contains(&line), "configuration.md lacks {line}");
+        }
+    }
+}
+
+#[test]
+fn every_page_of_an_error_says_when_it_comes_what_it_tells_what_to_do_and_what_was_touched() {
+    let index = read("errors/README.md");
+    for reason in Reason::ALL {
+        let page = read(&format!("errors/{reason}.md"));
+        assert!(page.starts_with(&format!("# {reason}\n")), "{reason}");
+        for section in [
+            "## When it comes",
+            "## Metadata",
+            "## What to do",
+            "## Was anything touched?",
+        ] {
+            assert!(page.contains(section), "{reason} lacks '{section}'");
+        }
+        assert!(
+            index.contains(&format!("[{reason}]({reason}.md)")),
+            "{reason}"
+        );
+    }
+}
+
+#[test]
+fn every_link_between_pages_leads_somewhere() {
+    let root = Path::new(DOCS).join("..");
+    let mut pages = vec![root.join("README.md")];
+    for folder in [DOCS.to_owned(), format!("{DOCS}/errors")] {
+        let files = std::fs::read_dir(folder).unwrap();
+        pages.extend(files.map(|file| file.unwrap().path()));
+    }
+    for page in pages
+        .iter()
+        .filter(|page| page.extension().is_some_and(|it| it == "md"))
+    {
+        let text = std::fs::read_to_string(page).unwrap();
+        for link in text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split(')').next())
+        {
+            let target = link.split('#').next().unwrap_or_default();
+            if target.is_empty() || target.contains("://") {
+                continue;
+            }
+            let path = page.parent().unwrap().join(target);
+            assert!(path.exists(), "{}: '{link}' leads nowhere", page.display());
+        }
+    }
 }

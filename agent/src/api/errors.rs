@@ -163,11 +163,23 @@ mod tests {
     }
 
     #[test]
-    fn every_reason_has_a_page_in_the_documentation() {
+    fn every_reason_has_a_page_in_the_documentation_that_names_its_code() {
         let pages = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/errors");
         for reason in Reason::ALL {
             let page = format!("{pages}/{reason}.md");
-            assert!(std::path::Path::new(&page).exists(), "{page} is missing");
+            let text = std::fs::read_to_string(&page).unwrap_or_default();
+            // `NotFound` is written NOT_FOUND, as in gRPC's own documentation.
+            let mut code = String::new();
+            for c in format!("{:?}", super::code(*reason)).chars() {
+                if c.is_uppercase() && !code.is_empty() {
+                    code.push('_');
+                }
+                code.push(c.to_ascii_uppercase());
+            }
+            assert!(
+                text.contains(&format!("gRPC code `{code}`")),
+                "{page}: {code}"
+            );
         }
     }
 }

@@ -293,7 +293,7 @@ pub fn not_shared<'a>(
                 Reason::StorageShared,
                 format!(
                     "'{path}' lies on a network file system, where other hosts may use it unseen; \
-                     set storage_exclusive in the agent's configuration if none does"
+                     set storage.exclusive in the agent's configuration if none does"
                 ),
             )
             .with("path", path));
