@@ -4,9 +4,9 @@
 //! disagree; a snapshot that is not listed any more counts as deleted; a paused helper that libvirt booted for a
 //! VM that was off never stays.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
-use vmsnap_hypervisor::{DeleteFlags, DomainState};
+use vmsnap_hypervisor::{DeleteFlags, DomainState, image};
 
 use super::Performer;
 use crate::planning::{Done, Fault, facts::VmState};
@@ -33,6 +33,7 @@ impl Performer {
         };
         let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
         let mut limited: Vec<&str> = Vec::new();
+        let expected = self.to_merge(name, disks).await;
         let mut pause = FIRST;
         let result = {
             let deleting = self.hypervisor.delete_snapshot(self.vm(), name, flags);
@@ -71,6 +72,12 @@ impl Performer {
                 return Err(error.into());
             }
         }
+        // A merge may be over before it was looked at.
+        for (disk, bytes) in &expected {
+            let seen = merged.entry(disk).or_default();
+            *seen = (*seen).max(*bytes);
+            self.progress(index, disk, *seen, *seen);
+        }
         self.journal
             .forget_snapshot(&self.plan.vm_uuid, name)
             .await?;
@@ -79,6 +86,35 @@ impl Performer {
         Ok(Done::Deleted {
             merged_bytes: merged.values().sum(),
         })
+    }
+
+    /// Bytes that the overlay over a snapshot's data takes now, by disk: what its
+    /// deletion merges. Disks on whose chain the data does not lie merge nothing.
+    async fn to_merge<'a>(&self, name: &str, disks: &'a [String]) -> Vec<(&'a str, u64)> {
+        let Some(snapshot) = self.facts.as_ref().and_then(|facts| facts.snapshot(name)) else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for disk in disks {
+            let data = snapshot
+                .disks
+                .iter()
+                .find(|one| one.target == *disk)
+                .and_then(|one| one.data.as_ref());
+            let (Some(data), Ok(Some(active))) =
+                (data, self.observer.disk_path(self.vm(), disk).await)
+            else {
+                continue;
+            };
+            let Ok(chain) = image::chain(Path::new(&active)).await else {
+                continue;
+            };
+            let at = chain.iter().position(|image| image.path == *data);
+            if let Some(above) = at.and_then(|at| at.checked_sub(1)) {
+                found.push((disk.as_str(), chain[above].actual_size));
+            }
+        }
+        found
     }
 
     /// A delete that failed leaves chain and metadata as they were; only the
