@@ -69,6 +69,11 @@ async fn follow(
     let mut progress = live.progress();
     loop {
         written.mark_unchanged();
+        // Reports that came before these records go before them: after the last
+        // record nothing follows.
+        while let Ok(report) = progress.try_recv() {
+            let _ = events.try_send(Event::Progress(next - 1, report));
+        }
         for record in live.records_from(next) {
             next = record.sequence + 1;
             let last = matches!(record.record, Record::Closed { .. });
