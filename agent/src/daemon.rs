@@ -52,7 +52,7 @@ pub fn check(config: Config) -> Result<String, String> {
             ));
         }
         if config.journal.path.exists() {
-            Journal::open(&config.journal.path).map_err(|error| error.to_string())?;
+            Journal::probe(&config.journal.path).map_err(|error| error.to_string())?;
         }
         let hypervisor = connect(&config).await?;
         let host = hypervisor.host().await.map_err(|error| {

@@ -1,4 +1,4 @@
-//! Block jobs and sizes of disks.
+//! Block jobs, and the size of running domains' disks.
 //!
 //! Invariants: sizes are bytes and bandwidths bytes per second, everywhere; a
 //! merge that is not ready is not pivoted.
@@ -53,17 +53,6 @@ pub struct BlockJob {
     pub end: u64,
 }
 
-/// Sizes of a disk in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockInfo {
-    /// Size that the guest sees.
-    pub capacity: u64,
-    /// Highest byte in use.
-    pub allocation: u64,
-    /// Size of the file.
-    pub physical: u64,
-}
-
 /// A string for C.
 ///
 /// # Errors
@@ -115,23 +104,6 @@ impl Hypervisor {
                 cur: info.cur,
                 end: info.end,
             }))
-        })
-        .await
-    }
-
-    /// Sizes of a disk.
-    ///
-    /// # Errors
-    /// When libvirt does not answer.
-    pub async fn block_info(&self, name: &str, disk: &str) -> Result<BlockInfo, Error> {
-        let disk = disk.to_owned();
-        self.read_domain("read the size of a disk of", name, move |domain| {
-            let info = domain.block_info(&disk, 0)?;
-            Ok(BlockInfo {
-                capacity: info.capacity,
-                allocation: info.allocation,
-                physical: info.physical,
-            })
         })
         .await
     }

@@ -62,8 +62,6 @@ pub struct DiskDefinition {
     pub snapshot: Option<String>,
     /// The chain below the active image, as far as the XML tells.
     pub backing: Vec<BackingImage>,
-    /// A block job mirrors it.
-    pub mirrored: bool,
 }
 
 /// Where the UEFI variables are.
@@ -121,8 +119,6 @@ pub struct DomainDefinition {
     pub filesystems: Vec<(String, String)>,
     /// Devices passed through, by type.
     pub hostdevs: Vec<String>,
-    /// A vhost-user network, whose state lives in another process.
-    pub vhost_user: bool,
     /// A TPM emulated by a process with state of its own.
     pub emulated_tpm: bool,
 }
@@ -301,8 +297,6 @@ pub(crate) fn domain(root: Node<'_, '_>) -> Result<DomainDefinition, Fault> {
                     .map(|_| own("network")),
             )
             .collect(),
-        vhost_user: of("interface")
-            .any(|interface| interface.attribute("type") == Some("vhostuser")),
         emulated_tpm: of("tpm").any(|tpm| {
             child(tpm, "backend").and_then(|backend| backend.attribute("type")) == Some("emulator")
         }),
@@ -369,7 +363,6 @@ fn disk(disk: Node<'_, '_>) -> Option<DiskDefinition> {
         shareable: child(disk, "shareable").is_some(),
         snapshot: disk.attribute("snapshot").map(str::to_owned),
         backing,
-        mirrored: child(disk, "mirror").is_some(),
     })
 }
 

@@ -46,8 +46,6 @@ pub struct ImageInfo {
     pub snapshots: Vec<ImageSnapshot>,
     /// qcow2: compatibility level.
     pub compat: Option<String>,
-    /// qcow2: marked as damaged.
-    pub corrupt: bool,
 }
 
 #[derive(Deserialize)]
@@ -83,8 +81,6 @@ struct RawSpecific {
 #[derive(Deserialize)]
 struct RawSpecificData {
     compat: Option<String>,
-    #[serde(default)]
-    corrupt: bool,
 }
 
 impl From<RawInfo> for ImageInfo {
@@ -106,7 +102,6 @@ impl From<RawInfo> for ImageInfo {
                     vm_state_size: snapshot.vm_state_size,
                 })
                 .collect(),
-            corrupt: data.as_ref().is_some_and(|data| data.corrupt),
             compat: data.and_then(|data| data.compat),
         }
     }

@@ -26,7 +26,7 @@ mod snapshot;
 mod snapshot_xml;
 mod storage;
 
-pub use block::{BlockInfo, BlockJob, BlockJobKind};
+pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};
 pub use definition::{
     BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Nvram,

@@ -5,11 +5,7 @@ use vmsnap_proto::v1::{self, inventory_service_server::InventoryService};
 
 use super::{errors, reply, workflow};
 use crate::{
-    planning::{
-        Fault,
-        actions::kind::version,
-        request::{Action, DEFAULT_POOL, List},
-    },
+    planning::{Fault, actions::kind::version, request::DEFAULT_POOL},
     workflows::Workflows,
 };
 
@@ -76,15 +72,10 @@ impl InventoryService for Service {
         &self,
         request: Request<v1::GetVmRequest>,
     ) -> Result<Response<v1::GetVmResponse>, Status> {
-        let asked = crate::planning::Request {
-            vm: request.into_inner().vm_name,
-            action: Action::List(List::default()),
-            start_if_stopped: false,
-            pool: DEFAULT_POOL.to_owned(),
-        };
-        let (_, facts) = self.0.plan(&asked).await.map_err(failed)?;
+        let name = request.into_inner().vm_name;
+        let vm = self.0.observer().named_vm(&name).await.map_err(failed)?;
         Ok(Response::new(v1::GetVmResponse {
-            vm: Some(reply::vm(&facts.vm)),
+            vm: Some(reply::vm(&vm)),
         }))
     }
 

@@ -118,23 +118,21 @@ impl Endpoints {
             .set_serving::<KnownIssueServiceServer<known_issues::Service>>()
             .await;
         let watching = tokio::spawn(report_health(workflows.clone(), health));
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(vmsnap_proto::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1();
-        let reflection = match reflection {
-            Ok(reflection) => Some(reflection),
-            Err(error) => {
-                tracing::error!(%error, "reflection is off: the built-in descriptors cannot be read");
-                None
-            }
+        let descriptors = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(vmsnap_proto::DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
+        // Older tools know only the older form.
+        let reflection = reflected(descriptors().build_v1());
+        let older_reflection = reflected(descriptors().build_v1alpha());
         let router = || {
             Server::builder()
                 .http2_keepalive_interval(Some(KEEPALIVE))
                 .http2_keepalive_timeout(Some(KEEPALIVE))
                 .add_service(health_service.clone())
                 .add_optional_service(reflection.clone())
+                .add_optional_service(older_reflection.clone())
                 .add_service(
                     WorkflowServiceServer::new(workflow::Service(workflows.clone()))
                         .max_decoding_message_size(MESSAGE_MOST),
@@ -158,6 +156,15 @@ impl Endpoints {
         watching.abort();
         result.map(|_| ())
     }
+}
+
+/// Reflection, or none when the built-in descriptors cannot be read.
+fn reflected<S, E: std::fmt::Display>(built: Result<S, E>) -> Option<S> {
+    built
+        .inspect_err(
+            |error| tracing::error!(%error, "reflection is off: its descriptors cannot be read"),
+        )
+        .ok()
 }
 
 async fn optional<F: Future<Output = Result<(), tonic::transport::Error>>>(

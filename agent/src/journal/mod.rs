@@ -236,6 +236,14 @@ impl Journal {
         })
     }
 
+    /// Looks whether a journal could be opened, and changes nothing.
+    ///
+    /// # Errors
+    /// As [`Journal::open`].
+    pub fn probe(path: &Path) -> Result<(), JournalError> {
+        schema::probe(path)
+    }
+
     async fn call<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Connection) -> Result<T, store::Error> + Send + 'static,

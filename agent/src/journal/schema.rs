@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::JournalError;
 
@@ -70,26 +70,7 @@ pub fn open(path: &Path) -> Result<Connection, JournalError> {
         .map_err(wrong)?;
     db.pragma_update(None, "foreign_keys", "ON")
         .map_err(wrong)?;
-    let found: i64 = db
-        .pragma_query_value(None, "user_version", |row| row.get(0))
-        .map_err(wrong)?;
-    let known = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
-    if found > known {
-        return Err(JournalError::TooNew {
-            path: shown,
-            found,
-            known,
-        });
-    }
-    let check: String = db
-        .pragma_query_value(None, "quick_check", |row| row.get(0))
-        .map_err(wrong)?;
-    if check != "ok" {
-        return Err(JournalError::Damaged {
-            path: shown,
-            what: check,
-        });
-    }
+    let found = examine(&db, &shown)?;
     let from = usize::try_from(found).unwrap_or(0);
     for (version, migration) in (1_i64..).zip(MIGRATIONS).skip(from) {
         let transaction = db.transaction().map_err(wrong)?;
@@ -100,6 +81,40 @@ pub fn open(path: &Path) -> Result<Connection, JournalError> {
         transaction.commit().map_err(wrong)?;
     }
     Ok(db)
+}
+
+/// Looks at a database and changes nothing.
+pub fn probe(path: &Path) -> Result<(), JournalError> {
+    let shown = path.display().to_string();
+    let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
+        .map_err(|error| classify(&shown, &error))?;
+    examine(&db, &shown).map(drop)
+}
+
+/// The schema of a sound database that this program knows.
+fn examine(db: &Connection, shown: &str) -> Result<i64, JournalError> {
+    let wrong = |error: rusqlite::Error| classify(shown, &error);
+    let found: i64 = db
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .map_err(wrong)?;
+    let known = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
+    if found > known {
+        return Err(JournalError::TooNew {
+            path: shown.to_owned(),
+            found,
+            known,
+        });
+    }
+    let check: String = db
+        .pragma_query_value(None, "quick_check", |row| row.get(0))
+        .map_err(wrong)?;
+    if check != "ok" {
+        return Err(JournalError::Damaged {
+            path: shown.to_owned(),
+            what: check,
+        });
+    }
+    Ok(found)
 }
 
 /// SQLite's error as ours.

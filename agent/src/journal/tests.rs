@@ -70,6 +70,8 @@ async fn a_damaged_journal_is_an_error_with_a_way_on_and_is_left_as_it_is() {
     let error = Journal::open(&path).unwrap_err();
     assert!(matches!(error, JournalError::Damaged { .. }), "{error}");
     assert!(error.to_string().contains("move it aside"));
+    let probed = Journal::probe(&path).unwrap_err();
+    assert!(matches!(probed, JournalError::Damaged { .. }), "{probed}");
     assert!(std::fs::read(&path).unwrap().starts_with(b"this is no"));
     std::fs::remove_dir_all(folder).unwrap();
 }

@@ -152,12 +152,7 @@ impl Observer {
     /// When there is no such VM, or libvirt or the journal does not answer.
     pub async fn facts(&self, request: &Request) -> Result<Facts, Fault> {
         let (_, host) = self.host().await?;
-        let vm = match self.vm(&request.vm).await {
-            Err(fault) if fault.reason == Reason::VmNotFound => {
-                return Err(self.no_such_vm(&request.vm).await);
-            }
-            other => other?,
-        };
+        let vm = self.named_vm(&request.vm).await?;
         let now = Timestamp::now();
         let snapshots = self.snapshots(&vm).await?;
         let storage = self.storage(&request.pool).await?;
@@ -194,6 +189,17 @@ impl Observer {
             facts.storage.orphans = Some(self.orphans(&facts).await?);
         }
         Ok(facts)
+    }
+
+    /// One VM; an error for a name that is not there names the nearest.
+    ///
+    /// # Errors
+    /// When there is no such VM, or libvirt does not answer.
+    pub async fn named_vm(&self, name: &str) -> Result<Vm, Fault> {
+        match self.vm(name).await {
+            Err(fault) if fault.reason == Reason::VmNotFound => Err(self.no_such_vm(name).await),
+            other => other,
+        }
     }
 
     async fn no_such_vm(&self, name: &str) -> Fault {

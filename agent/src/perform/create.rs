@@ -180,7 +180,8 @@ impl Performer {
             let Some(now) = crate::observe::folder(folder) else {
                 continue;
             };
-            if now.free < need
+            // libvirt may have removed what did not fit, so that it seems to fit now.
+            if (now.free < need || *error.kind() == ErrorKind::NoSpace)
                 && let Some(facts) = &self.facts
             {
                 let mut full = files::no_space(facts, folder, need, now.free);

@@ -217,8 +217,14 @@ impl Performer {
         }))
     }
 
-    /// Whether the VM ran when the run was planned.
+    /// Whether the VM ran before the run paused it: it did when the run was
+    /// planned, or the run itself started it.
     pub(super) fn ran_before(&self) -> bool {
         self.plan.vm_state == VmState::Running
+            || self
+                .plan
+                .steps
+                .iter()
+                .any(|step| matches!(step, Step::Start { paused: false }))
     }
 }

@@ -108,7 +108,7 @@ impl<'a> Files<'a> {
         Ok(())
     }
 
-    /// Warns about folders that are nearly full: code, message, advice.
+    /// Folders that are nearly full: what people call each, and a sentence.
     #[must_use]
     pub fn nearly_full(&self) -> Vec<(String, String)> {
         self.needs

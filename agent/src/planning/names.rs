@@ -96,36 +96,6 @@ pub fn file_part(name: &str) -> String {
         .collect()
 }
 
-/// Matches a shell-like pattern: `*`, `?`, and everything else for itself.
-#[must_use]
-pub fn glob(pattern: &str, name: &str) -> bool {
-    let pattern: Vec<char> = pattern.chars().collect();
-    let name: Vec<char> = name.chars().collect();
-    // Where to go on when a star has to take one more character.
-    let (mut p, mut n, mut retry) = (0, 0, None);
-    while n < name.len() {
-        match pattern.get(p) {
-            Some('*') => {
-                retry = Some((p, n));
-                p += 1;
-            }
-            Some(c) if *c == '?' || *c == name[n] => {
-                p += 1;
-                n += 1;
-            }
-            _ => match retry {
-                Some((star, taken)) => {
-                    retry = Some((star, taken + 1));
-                    p = star + 1;
-                    n = taken + 1;
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|c| *c == '*')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,15 +134,5 @@ mod tests {
     fn a_file_name_is_made_of_harmless_characters_only() {
         assert_eq!(file_part("web 1/../x"), "web_1_.._x");
         assert_eq!(file_part("..hidden"), "_.hidden");
-    }
-
-    #[test]
-    fn a_pattern_matches_as_in_a_shell() {
-        assert!(glob("pre-*", "pre-upgrade"));
-        assert!(glob("*-2?", "nightly-21"));
-        assert!(glob("*", ""));
-        assert!(glob("a*b*c", "aXbYbZc"));
-        assert!(!glob("pre-*", "post-upgrade"));
-        assert!(!glob("?", ""));
     }
 }

@@ -137,8 +137,14 @@ impl Workflows {
         caller: Caller,
     ) -> Result<String, Fault> {
         request.check()?;
-        if let Some(id) = self.joined(&request, &how).await? {
+        if let Some(id) = going_on(&lock(&self.0.live), &request, &how.request_id)? {
             return Ok(id);
+        }
+        if how.join_finished
+            && !how.request_id.is_empty()
+            && let Some(run) = self.0.journal.by_request_id(&how.request_id).await?
+        {
+            return same(&how.request_id, &request, &run.id, &run.request);
         }
         if self.0.stopping.load(Ordering::Acquire) {
             return Err(Fault::new(
@@ -168,12 +174,11 @@ impl Workflows {
             caller.identity.clone(),
             Vec::new(),
         );
-        // Known before it is written, so that two equal requests at once cannot
-        // both begin.
+        // Looked up and made known in one, so that two at once cannot both begin.
         {
             let mut all = lock(&self.0.live);
-            if let Some(other) = all.values().find(|other| other.request_id == request_id) {
-                return Ok(other.id.clone());
+            if let Some(other) = going_on(&all, &request, &how.request_id)? {
+                return Ok(other);
             }
             all.insert(id.clone(), live.clone());
         }
@@ -204,48 +209,6 @@ impl Workflows {
             workflows.drive(live, how).await;
         });
         Ok(id)
-    }
-
-    /// The run that a request belongs to, if there is one.
-    async fn joined(&self, request: &Request, how: &Submission) -> Result<Option<String>, Fault> {
-        let request_id = how.request_id.as_str();
-        let same = |id: &str, found: &Request| {
-            if found == request {
-                Ok(Some(id.to_owned()))
-            } else {
-                Err(Fault::new(
-                    Reason::RequestIdReused,
-                    format!(
-                        "request_id '{request_id}' belongs to run {id}, which is {} on VM '{}', \
-                         not what is asked now; use another id",
-                        found.action.name(),
-                        found.vm
-                    ),
-                )
-                .with("workflow_id", id))
-            }
-        };
-        if request_id.is_empty() {
-            let live = lock(&self.0.live);
-            return Ok(live
-                .values()
-                .find(|live| live.request == *request && !request.action.reads_only())
-                .map(|live| live.id.clone()));
-        }
-        let going_on = lock(&self.0.live)
-            .values()
-            .find(|live| live.request_id == request_id)
-            .cloned();
-        if let Some(live) = going_on {
-            return same(&live.id, &live.request);
-        }
-        if !how.join_finished {
-            return Ok(None);
-        }
-        match self.0.journal.by_request_id(request_id).await? {
-            Some(run) => same(&run.id, &run.request),
-            None => Ok(None),
-        }
     }
 
     async fn drive(&self, live: Arc<Live>, how: Submission) {
@@ -583,6 +546,40 @@ impl Drop for HeldTurn {
     fn drop(&mut self) {
         *lock(&self.turn.holder) = None;
     }
+}
+
+/// The run that goes on and that a request belongs to: by its id, or without
+/// one by what it asks.
+fn going_on(
+    live: &HashMap<String, Arc<Live>>,
+    request: &Request,
+    request_id: &str,
+) -> Result<Option<String>, Fault> {
+    let mut runs = live.values();
+    if request_id.is_empty() {
+        let equal = runs.find(|run| run.request == *request && !request.action.reads_only());
+        return Ok(equal.map(|run| run.id.clone()));
+    }
+    runs.find(|run| run.request_id == request_id)
+        .map(|run| same(request_id, request, &run.id, &run.request))
+        .transpose()
+}
+
+/// The run `id`, if it is of the same request.
+fn same(request_id: &str, request: &Request, id: &str, found: &Request) -> Result<String, Fault> {
+    if found == request {
+        return Ok(id.to_owned());
+    }
+    Err(Fault::new(
+        Reason::RequestIdReused,
+        format!(
+            "request_id '{request_id}' belongs to run {id}, which is {} on VM '{}', not what is \
+             asked now; use another id",
+            found.action.name(),
+            found.vm
+        ),
+    )
+    .with("workflow_id", id))
 }
 
 fn folded(live: &Live) -> RunState {

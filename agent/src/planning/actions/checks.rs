@@ -282,8 +282,7 @@ pub fn not_shared<'a>(
             .with("path", path)
             .with("users", names.join(",")));
         }
-        if facts.folders.values().any(|folder| folder.network)
-            && !facts.host.storage_exclusive
+        if !facts.host.storage_exclusive
             && facts
                 .folders
                 .get(crate::planning::facts::folder_of(path))
