@@ -339,7 +339,7 @@ fn touched(plan: &Plan, facts: &Facts) -> Vec<String> {
                 metadata_only,
                 ..
             } => {
-                touched.extend(files.iter().filter(|_| !metadata_only).cloned());
+                touched.extend(files.iter().cloned());
                 if !metadata_only {
                     let one = facts.snapshot(name).unwrap();
                     touched.extend(one.disks.iter().filter_map(|disk| disk.data.clone()));

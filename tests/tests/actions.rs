@@ -585,6 +585,11 @@ fn a_revert_that_fails_inside_libvirt_leaves_the_guest_running_on_its_own_data()
     let failed = agent.vmsnap(&["revert", name, "theirs"])?;
     failed.failure()?;
     assert_eq!(failed.outcome()?["state"], "failed", "{}", failed.said);
+    // It did kill the guest, which was then started again.
+    let restarted = failed
+        .all("warning")
+        .any(|event| event["code"] == "GUEST_RESTARTED");
+    assert!(restarted, "{:?}", failed.events);
     guest.answers(Duration::from_secs(60))?;
     runs_thawed(&guest)?;
     // On its own overlay again, with what was written since: not on the base that
@@ -592,5 +597,40 @@ fn a_revert_that_fails_inside_libvirt_leaves_the_guest_running_on_its_own_data()
     assert_eq!(guest.chain("vda")?, chain);
     assert_eq!(guest.exec("cat /data/kept")?.trim(), "kept");
     assert_eq!(guest.snapshots()?, ["theirs"]);
+    Ok(())
+}
+
+#[test]
+fn what_was_merged_behind_libvirts_back_is_never_reverted_to_and_what_clones_use_stays()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    let overlay = domain.disk("vda")?;
+    agent.vmsnap(&["create", name, "e2"])?.result()?;
+    domain.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait"])?;
+    // The one stands on what was merged into, the other above it.
+    for snapshot in ["e1", "e2"] {
+        let refused = agent.vmsnap(&["revert", name, snapshot])?;
+        let failure = refused.failure()?;
+        assert_eq!(failure["reason"], "SNAPSHOT_NOT_WHOLE");
+        assert_eq!(failure["metadata"]["health"], "merged away");
+    }
+    assert_eq!(domain.state()?, "running");
+    // The file that the merge left behind has found a use.
+    let clone = lab.blank(&BlankSpec {
+        backing: Some(overlay.clone()),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    for snapshot in ["e2", "e1"] {
+        agent.vmsnap(&["cleanup", name, snapshot])?.result()?;
+    }
+    assert_eq!(domain.snapshots()?, [] as [&str; 0]);
+    assert!(std::path::Path::new(&overlay).exists(), "{overlay}");
+    assert_eq!(clone.chain("vda")?.len(), 3, "the clone's chain is whole");
+    assert_eq!(domain.state()?, "running");
     Ok(())
 }

@@ -22,8 +22,7 @@ use crate::{
     planning::{
         Fault, Reason, Request,
         facts::{
-            Facts, FileUser, Folder, Host, Orphan, Pool, Snapshot, Storage, Vm, VmState, Volume,
-            folder_of,
+            Facts, Folder, Host, Orphan, Pool, Snapshot, Storage, Vm, VmState, Volume, folder_of,
         },
         names,
         request::{Action, IfExists, Orphans},
@@ -461,17 +460,6 @@ impl Observer {
                     .find(|disk| disk.target == target)
             })
             .and_then(|disk| disk.path))
-    }
-
-    /// Every file that a VM refers to now.
-    ///
-    /// # Errors
-    /// When libvirt does not answer.
-    pub async fn files_of(&self, vm: &str) -> Result<BTreeSet<String>, Fault> {
-        let domain = self.hypervisor.domain(vm).await?;
-        let mut users: BTreeMap<String, Vec<FileUser>> = BTreeMap::new();
-        self.users_of(&domain, &mut users).await?;
-        Ok(users.into_keys().collect())
     }
 
     /// Gives a new file the owner and permissions of the one that it replaces.

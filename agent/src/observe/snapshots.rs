@@ -76,6 +76,16 @@ impl Observer {
                 .iter()
                 .map(|(path, names)| (path.as_str(), names.as_slice()))
                 .collect(),
+            below: files
+                .below
+                .iter()
+                .map(|(path, images)| (path.as_str(), images.as_slice()))
+                .collect(),
+            broken: files
+                .broken
+                .iter()
+                .map(|(path, why)| (path.as_str(), why.as_str()))
+                .collect(),
             missing: files.missing.iter().map(String::as_str).collect(),
             deleting: listed
                 .iter()
@@ -142,6 +152,42 @@ impl Observer {
                 }
             }
         }
+        let in_chain = |path: &str| {
+            vm.disks
+                .iter()
+                .any(|disk| disk.chain.iter().any(|image| image.path == path))
+        };
+        // Side branches stand on images of their own.
+        let data: BTreeSet<&String> = listed
+            .iter()
+            .filter_map(|info| Some((info, info.definition.as_ref()?)))
+            .flat_map(|(info, definition)| {
+                info.disks
+                    .iter()
+                    .filter(|disk| disk.mode == SnapshotMode::External)
+                    .filter_map(|disk| {
+                        definition
+                            .disks
+                            .iter()
+                            .find(|one| one.target == disk.target)
+                    })
+                    .filter_map(|disk| disk.path.as_ref())
+            })
+            .filter(|path| !in_chain(path) && !looked.missing.contains(*path))
+            .collect();
+        for path in data {
+            match image::chain(path.as_ref()).await {
+                Ok(chain) => {
+                    let below = chain.into_iter().skip(1).map(|image| image.path).collect();
+                    looked.below.insert(path.clone(), below);
+                }
+                Err(error) => {
+                    looked
+                        .broken
+                        .insert(path.clone(), crate::faults::sentence(&error));
+                }
+            }
+        }
         looked
     }
 }
@@ -152,6 +198,8 @@ struct Looked {
     images: BTreeMap<String, Vec<String>>,
     sizes: BTreeMap<String, u64>,
     missing: BTreeSet<String>,
+    below: BTreeMap<String, Vec<String>>,
+    broken: BTreeMap<String, String>,
 }
 
 impl Looked {

@@ -307,29 +307,39 @@ impl Performer {
         Ok(None)
     }
 
-    /// Deletes files of ours that no chain of this VM names.
+    /// Deletes files of ours that no chain of any VM names.
     pub(super) async fn remove_unused(&self, paths: &[String]) -> Result<String, Fault> {
-        let used = self.observer.files_of(self.vm()).await?;
-        let mut removed = Vec::new();
+        let mut there = Vec::new();
         for path in paths {
-            if used.contains(path) {
-                continue;
+            if tokio::fs::symlink_metadata(path).await.is_ok() {
+                there.push(path);
             }
-            match tokio::fs::remove_file(path).await {
-                Ok(()) => removed.push(path.clone()),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    return Err(Fault::new(
-                        Reason::StorageNotWritable,
-                        format!("'{path}' is left over and cannot be deleted: {error}"),
-                    )
-                    .with("path", path));
+        }
+        let mut kept: Vec<&String> = Vec::new();
+        let mut removed = Vec::new();
+        if !there.is_empty() {
+            let users = self.observer.users().await?;
+            for path in there {
+                if users.get(path).is_some_and(|users| !users.is_empty()) {
+                    kept.push(path);
+                    continue;
+                }
+                match tokio::fs::remove_file(path).await {
+                    Ok(()) => removed.push(path.clone()),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => {
+                        return Err(Fault::new(
+                            Reason::StorageNotWritable,
+                            format!("'{path}' is left over and cannot be deleted: {error}"),
+                        )
+                        .with("path", path));
+                    }
                 }
             }
         }
         let gone = paths
             .iter()
-            .filter(|path| !used.contains(*path))
+            .filter(|path| !kept.contains(path))
             .cloned()
             .collect();
         self.journal.forget_files(gone).await?;

@@ -18,6 +18,10 @@ pub struct Files<'a> {
     pub images: BTreeMap<&'a str, &'a [String]>,
     /// Paths that were looked for and are not there.
     pub missing: BTreeSet<&'a str>,
+    /// Images below an image that is not in the VM's own chain, uppermost first.
+    pub below: BTreeMap<&'a str, &'a [String]>,
+    /// Images whose own chain cannot be read: why.
+    pub broken: BTreeMap<&'a str, &'a str>,
     /// Disks on which an unfinished delete is marked: snapshot and target.
     pub deleting: BTreeSet<(&'a str, &'a str)>,
 }
@@ -60,7 +64,13 @@ pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'
                 }
             }
             Some(Kind::External | Kind::Mixed) => {
-                if let Some(problem) = merged_away(&disk.target, data, all, disks) {
+                if let Some(why) = files.broken.get(data) {
+                    return Health::DataMissing(format!(
+                        "the chain of '{data}' of disk {} cannot be read: {why}",
+                        disk.target
+                    ));
+                }
+                if let Some(problem) = written_below(&disk.target, data, all, disks, files) {
                     return Health::MergedAway(problem);
                 }
             }
@@ -72,6 +82,46 @@ pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'
         return Health::DataMissing(format!("the memory file '{file}' is missing"));
     }
     Health::Whole
+}
+
+/// Why newer data must be expected in `data` or in an image that it stands on.
+/// Of the lower ones only the active image and those that hold a snapshot's data
+/// are meant: what is under them, such as a golden image, nobody merges into.
+fn written_below(
+    target: &str,
+    data: &str,
+    all: &[Snapshot],
+    disks: &[Disk],
+    files: &Files<'_>,
+) -> Option<String> {
+    let disk = disks.iter().find(|disk| disk.target == target)?;
+    let in_chain = disk.chain.iter().position(|image| image.path == data);
+    let below: Vec<&str> = match in_chain {
+        Some(at) => disk.chain[at + 1..]
+            .iter()
+            .map(|image| image.path.as_str())
+            .collect(),
+        None => files
+            .below
+            .get(data)
+            .into_iter()
+            .copied()
+            .flatten()
+            .map(String::as_str)
+            .collect(),
+    };
+    let holds_data = |image: &str| {
+        all.iter()
+            .flat_map(|other| &other.disks)
+            .any(|disk| disk.target == target && disk.data.as_deref() == Some(image))
+    };
+    std::iter::once(data)
+        .chain(
+            below
+                .into_iter()
+                .filter(|image| *image == disk.path || holds_data(image)),
+        )
+        .find_map(|image| merged_away(target, image, all, disks))
 }
 
 /// Why newer data must be expected in `data`, if so: it is the active image of

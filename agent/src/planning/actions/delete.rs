@@ -92,7 +92,12 @@ fn one(
         .into_iter()
         .filter(|child| !gone.contains(&child.name.as_str()))
         .collect();
-    let files = own_files(snapshot);
+    let mut files = own_files(snapshot);
+    if metadata_only {
+        // libvirt leaves them; ours go, unless somebody stands on them.
+        let ours = snapshot.record.is_some();
+        files.retain(|file| ours && checks::not_shared(facts, [file.as_str()]).is_ok());
+    }
     if !metadata_only && external {
         mergeable(snapshot, &children, gone, facts)?;
         let written = snapshot
