@@ -13,7 +13,7 @@ use std::{
     os::unix::fs::{MetadataExt as _, chown},
 };
 
-use jiff::Timestamp;
+use jiff::{Timestamp, tz::TimeZone};
 use vmsnap_hypervisor::{Hypervisor, LinkStatus, Xml};
 
 use crate::{
@@ -111,6 +111,10 @@ impl Observer {
             qemu: info.hypervisor_version,
             max_chain: self.max_chain,
             storage_exclusive: self.storage_exclusive,
+            time_zone: TimeZone::system()
+                .iana_name()
+                .unwrap_or_default()
+                .to_owned(),
         };
         let line = HostLine {
             hostname: info.hostname,

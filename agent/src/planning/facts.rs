@@ -38,6 +38,9 @@ pub struct Host {
     pub max_chain: u32,
     /// The configuration says that no other host uses the storage.
     pub storage_exclusive: bool,
+    /// IANA name of the host's time zone; empty when it has none, which is UTC.
+    #[serde(default)]
+    pub time_zone: String,
 }
 
 impl Host {

@@ -15,6 +15,7 @@ pub mod outcome;
 pub mod plan;
 pub mod reason;
 pub mod request;
+pub mod retention;
 pub mod step;
 pub mod tree;
 

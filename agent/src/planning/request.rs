@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -303,6 +304,111 @@ impl Policy {
             || self.older_than.is_some()
             || !self.name_pattern.is_empty()
     }
+
+    /// Whether a rule goes by the calendar, so that the time zone matters.
+    #[must_use]
+    pub fn counts_periods(&self) -> bool {
+        self.keep_hourly.is_some()
+            || self.keep_daily.is_some()
+            || self.keep_weekly.is_some()
+            || self.keep_monthly.is_some()
+    }
+
+    /// The pattern that names have to match; `None` when none is given.
+    ///
+    /// # Errors
+    /// When it is not a glob.
+    pub fn pattern(&self) -> Result<Option<glob::Pattern>, Fault> {
+        if self.name_pattern.is_empty() {
+            return Ok(None);
+        }
+        glob::Pattern::new(&self.name_pattern)
+            .map(Some)
+            .map_err(|error| {
+                Fault::bad_field(
+                    "cleanup.name_pattern",
+                    format!(
+                        "'{}' is not a pattern: {} at character {}; use names with *, ? and [...]",
+                        self.name_pattern.escape_debug(),
+                        error.msg,
+                        error.pos + 1
+                    ),
+                )
+            })
+    }
+
+    /// The time zone in which hours, days, weeks and months begin: the one that
+    /// is asked for, else the host's, by its IANA name.
+    ///
+    /// # Errors
+    /// When there is no such zone.
+    pub fn zone(&self, host: &str) -> Result<TimeZone, Fault> {
+        let name = match (self.time_zone.as_str(), host) {
+            ("", "") => return Ok(TimeZone::UTC),
+            ("", host) => host,
+            (asked, _) => asked,
+        };
+        TimeZone::get(name).map_err(|_| {
+            Fault::bad_field(
+                "cleanup.time_zone",
+                format!(
+                    "'{}' is not a known time zone; use an IANA name such as Europe/Prague",
+                    name.escape_debug()
+                ),
+            )
+        })
+    }
+
+    fn check(&self, note: &mut impl FnMut(&str, String)) {
+        if self.include_foreign && !self.is_set() {
+            note(
+                "cleanup.include_foreign",
+                "widens a policy, and none is given; add a rule such as keep_last".into(),
+            );
+        }
+        if !self.time_zone.is_empty() && !self.is_set() {
+            note(
+                "cleanup.time_zone",
+                format!(
+                    "'{}' is given without a policy; add a rule such as keep_daily",
+                    self.time_zone.escape_debug()
+                ),
+            );
+        }
+        for (field, count) in [
+            ("cleanup.keep_last", self.keep_last),
+            ("cleanup.keep_hourly", self.keep_hourly),
+            ("cleanup.keep_daily", self.keep_daily),
+            ("cleanup.keep_weekly", self.keep_weekly),
+            ("cleanup.keep_monthly", self.keep_monthly),
+        ] {
+            if count == Some(0) {
+                note(
+                    field,
+                    "is 0, which would keep nothing; give 1 or more, or leave it out".into(),
+                );
+            }
+        }
+        for (field, limit) in [
+            ("cleanup.keep_within", self.keep_within),
+            ("cleanup.older_than", self.older_than),
+        ] {
+            if limit.is_some_and(|limit| limit.is_zero()) {
+                note(
+                    field,
+                    "is 0; give a duration such as 7d, or leave it out".into(),
+                );
+            }
+        }
+        for fault in [self.pattern().err(), self.zone("").err()]
+            .into_iter()
+            .flatten()
+        {
+            for violation in fault.violations {
+                note(&violation.field, violation.problem);
+            }
+        }
+    }
 }
 
 /// Options of cleanup.
@@ -501,33 +607,23 @@ impl Cleanup {
                 ),
             );
         }
-        if self.policy.is_set() || self.policy.include_foreign {
+        self.policy.check(note);
+        if self.policy.is_set()
+            && self
+                .leftovers
+                .as_ref()
+                .is_some_and(|names| !names.is_empty())
+        {
             note(
-                "cleanup",
-                "this version of the agent has no retention policies; name a snapshot".into(),
+                "cleanup.leftovers",
+                "cannot be combined with a policy; remove left-over volumes in a run of their own"
+                    .into(),
             );
         }
         if self.name.is_empty() && self.children != Children::Keep {
             note(
                 "cleanup.children",
                 "needs snapshot_name, the snapshot whose children are meant".into(),
-            );
-        }
-        if self.policy.keep_last == Some(0) {
-            note(
-                "cleanup.keep_last",
-                "is 0, which would keep nothing; give 1 or more, or leave it out".into(),
-            );
-        }
-        if !self.policy.time_zone.is_empty()
-            && jiff::tz::TimeZone::get(&self.policy.time_zone).is_err()
-        {
-            note(
-                "cleanup.time_zone",
-                format!(
-                    "'{}' is not a known time zone; use an IANA name such as Europe/Prague",
-                    self.policy.time_zone.escape_debug()
-                ),
             );
         }
         for volume in self.leftovers.iter().flatten() {

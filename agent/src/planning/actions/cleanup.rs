@@ -1,4 +1,4 @@
-//! cleanup: one snapshot, or left-over volumes and orphaned files.
+//! cleanup: one snapshot or a policy, left-over volumes and orphaned files.
 //!
 //! Invariant: nothing goes that any chain of any VM refers to; what stays is
 //! returned with the rule that kept it.
@@ -10,6 +10,7 @@ use crate::planning::{
     plan::Draft,
     reason::Fault,
     request::{Children, Cleanup, Orphans, Request},
+    retention,
     step::Step,
     tree,
 };
@@ -33,7 +34,11 @@ pub fn draft(request: &Request, cleanup: &Cleanup, facts: &Facts) -> Result<Draf
     if !cleanup.name.is_empty() {
         snapshots(cleanup, facts, &mut draft)?;
     }
-    leftovers(request, cleanup, facts, &mut draft);
+    if cleanup.policy.is_set() {
+        policy(cleanup, facts, &mut draft)?;
+    } else {
+        leftovers(request, cleanup, facts, &mut draft);
+    }
     orphans(cleanup, facts, &mut draft);
     Ok(draft)
 }
@@ -58,6 +63,63 @@ fn snapshots(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), 
         list.push(snapshot);
     }
     delete::in_order(&list, "named", cleanup.bandwidth, facts, draft)
+}
+
+/// Lets go what the policy does not keep, as far as libvirt can delete it now.
+fn policy(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
+    let policy = &cleanup.policy;
+    let judged = retention::judge(policy, facts)?;
+    if policy.counts_periods() {
+        let zone = policy.zone(&facts.host.time_zone)?;
+        draft.decide(
+            "time zone",
+            zone.iana_name().unwrap_or("UTC"),
+            if policy.time_zone.is_empty() {
+                "hours, days, weeks and months begin as on this host"
+            } else {
+                "asked for"
+            },
+        );
+    }
+    let (go, stay): (Vec<_>, Vec<_>) = judged.into_iter().partition(|one| one.goes);
+    if !go.is_empty() {
+        checks::no_block_job(facts)?;
+        checks::no_managed_save(facts)?;
+    }
+    for one in stay {
+        let size = one.snapshot.size;
+        draft.verdicts.push(verdict(
+            &one.snapshot.name,
+            "snapshot",
+            false,
+            &one.rule,
+            size,
+        ));
+    }
+    let go: Vec<(&Snapshot, String)> = go.into_iter().map(|one| (one.snapshot, one.rule)).collect();
+    for held in delete::as_many_as_possible(&go, cleanup.bandwidth, facts, draft) {
+        let (snapshot, because) = (held.snapshot, held.because);
+        draft.warn(
+            "SNAPSHOT_STAYS",
+            format!(
+                "the policy would remove snapshot '{}', but it stays for now ({}): {}",
+                snapshot.name, because.reason, because.message
+            ),
+            "a later run of the same policy tries again",
+        );
+        let rule = format!(
+            "cannot be deleted now ({}): {}",
+            because.reason, because.message
+        );
+        draft.verdicts.push(verdict(
+            &snapshot.name,
+            "snapshot",
+            false,
+            &rule,
+            snapshot.size,
+        ));
+    }
+    Ok(())
 }
 
 fn leftovers(request: &Request, cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {

@@ -43,35 +43,139 @@ pub fn in_order(
     facts: &Facts,
     draft: &mut Draft,
 ) -> Result<(), Fault> {
-    let mut gone: Vec<&str> = Vec::new();
+    let mut seen = facts.clone();
     for snapshot in snapshots {
-        let step = one(snapshot, &gone, rule, bandwidth, facts)?;
-        draft.push(step);
-        gone.push(&snapshot.name);
-        draft.change(
-            format!("snapshot.{}", snapshot.name),
-            Some(snapshot.kind.name().into()),
-            None,
-        );
-        draft.verdicts.push(Verdict {
-            name: snapshot.name.clone(),
-            what: "snapshot".into(),
-            removed: true,
-            rule: rule.into(),
-            size: snapshot.size,
-        });
+        let step = one(&snapshot.name, rule, bandwidth, &seen)?;
+        add(step, snapshot, rule, draft);
+        forget(&mut seen, &snapshot.name);
     }
     Ok(())
 }
 
-/// Checks and drafts the deletion of one snapshot, given those gone before it.
-fn one(
-    snapshot: &Snapshot,
-    gone: &[&str],
-    rule: &str,
+/// A snapshot that was to go and stays, and why.
+#[derive(Debug)]
+pub struct Stays<'a> {
+    /// The snapshot.
+    pub snapshot: &'a Snapshot,
+    /// Why it cannot go.
+    pub because: Fault,
+}
+
+/// Drafts the deletion of those of several snapshots that can be deleted, each
+/// with its rule, in an order that works; returns those that stay. A snapshot
+/// is tried again after others went, because it may have been held by them.
+pub fn as_many_as_possible<'a>(
+    snapshots: &[(&'a Snapshot, String)],
     bandwidth: Option<u64>,
     facts: &Facts,
-) -> Result<Step, Fault> {
+    draft: &mut Draft,
+) -> Vec<Stays<'a>> {
+    let mut seen = facts.clone();
+    // Parents come before children in the facts: the last ones are leaves.
+    let mut left: Vec<&(&Snapshot, String)> = snapshots.iter().rev().collect();
+    loop {
+        let mut stay = Vec::new();
+        let mut reasons = Vec::new();
+        let before = left.len();
+        for &entry in &left {
+            let (snapshot, rule) = entry;
+            match one(&snapshot.name, rule, bandwidth, &seen) {
+                Ok(step) => {
+                    add(step, snapshot, rule, draft);
+                    forget(&mut seen, &snapshot.name);
+                }
+                Err(because) => {
+                    stay.push(entry);
+                    reasons.push(Stays {
+                        snapshot: *snapshot,
+                        because,
+                    });
+                }
+            }
+        }
+        if stay.is_empty() || stay.len() == before {
+            return reasons;
+        }
+        left = stay;
+    }
+}
+
+fn add(step: Step, snapshot: &Snapshot, rule: &str, draft: &mut Draft) {
+    draft.push(step);
+    draft.change(
+        format!("snapshot.{}", snapshot.name),
+        Some(snapshot.kind.name().into()),
+        None,
+    );
+    draft.verdicts.push(Verdict {
+        name: snapshot.name.clone(),
+        what: "snapshot".into(),
+        removed: true,
+        rule: rule.into(),
+        size: snapshot.size,
+    });
+}
+
+/// The facts as they will be once a snapshot was deleted: its children hang on
+/// its parent, and what the overlay above its data held lies in that data.
+fn forget(facts: &mut Facts, name: &str) {
+    let Some(at) = facts.snapshots.iter().position(|one| one.name == name) else {
+        return;
+    };
+    let on_path = tree::is_on_active_path(facts, name);
+    let gone = facts.snapshots.remove(at);
+    let merged = gone.kind != Kind::Internal
+        && !matches!(gone.health, Health::MergedAway(_) | Health::MetadataOnly);
+    for disk in gone.disks.iter().filter(|_| merged) {
+        let Some(data) = &disk.data else { continue };
+        // What the children hold lies one image lower from now on.
+        for child in facts
+            .snapshots
+            .iter_mut()
+            .filter(|one| one.parent.as_deref() == Some(name))
+        {
+            for of in child.disks.iter_mut().filter(|of| of.target == disk.target) {
+                of.data = Some(data.clone());
+            }
+        }
+        let Some(vm) = facts
+            .vm
+            .disks
+            .iter_mut()
+            .find(|vm| on_path && vm.target == disk.target)
+        else {
+            continue;
+        };
+        if let Some(lower) = vm.chain.iter().position(|image| image.path == *data)
+            && lower > 0
+        {
+            let upper = vm.chain.remove(lower - 1);
+            let lower = &mut vm.chain[lower - 1];
+            lower.actual_size = lower.actual_size.saturating_add(upper.actual_size);
+            lower.virtual_size = upper.virtual_size;
+            if vm.path == upper.path {
+                vm.path.clone_from(data);
+            }
+        }
+    }
+    for child in facts
+        .snapshots
+        .iter_mut()
+        .filter(|one| one.parent.as_deref() == Some(name))
+    {
+        child.parent.clone_from(&gone.parent);
+    }
+    if gone.current
+        && let Some(parent) = gone.parent.as_deref()
+        && let Some(parent) = facts.snapshots.iter_mut().find(|one| one.name == parent)
+    {
+        parent.current = true;
+    }
+}
+
+/// Checks and drafts the deletion of one snapshot.
+fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<Step, Fault> {
+    let snapshot = checks::find(facts, name)?;
     if let Some(deadline) = snapshot.guard {
         return Err(Fault::new(
             Reason::SnapshotGuarded,
@@ -88,10 +192,7 @@ fn one(
         Health::MergedAway(_) | Health::MetadataOnly
     );
     let external = snapshot.kind != Kind::Internal;
-    let children: Vec<&Snapshot> = tree::children(facts, &snapshot.name)
-        .into_iter()
-        .filter(|child| !gone.contains(&child.name.as_str()))
-        .collect();
+    let children = tree::children(facts, &snapshot.name);
     let mut files = own_files(snapshot);
     if metadata_only {
         // libvirt leaves them; ours go, unless somebody stands on them.
@@ -99,7 +200,7 @@ fn one(
         files.retain(|file| ours && checks::not_shared(facts, [file.as_str()]).is_ok());
     }
     if !metadata_only && external {
-        mergeable(snapshot, &children, gone, facts)?;
+        mergeable(snapshot, &children, facts)?;
         let written = snapshot
             .disks
             .iter()
@@ -165,12 +266,7 @@ fn own_files(snapshot: &Snapshot) -> Vec<String> {
     files
 }
 
-fn mergeable(
-    snapshot: &Snapshot,
-    children: &[&Snapshot],
-    gone: &[&str],
-    facts: &Facts,
-) -> Result<(), Fault> {
+fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Result<(), Fault> {
     if !facts.host.deletes_external() {
         return Err(Fault::new(
             Reason::KindUnsupported,
@@ -238,7 +334,6 @@ fn mergeable(
         let path = tree::active_path(facts);
         let side = facts.snapshots.iter().find(|other| {
             other.name != snapshot.name
-                && !gone.contains(&other.name.as_str())
                 && !path.iter().any(|on| on.name == other.name)
                 && tree::descendants_leaf_first(facts, &snapshot.name)
                     .iter()
