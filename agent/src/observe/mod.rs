@@ -185,6 +185,7 @@ impl Observer {
             storage,
             folders,
             users,
+            ours: self.journal.noted_files().await?.into_iter().collect(),
         };
         if let Action::Cleanup(cleanup) = &request.action
             && cleanup.orphans != Orphans::Ignore
@@ -356,7 +357,6 @@ impl Observer {
     /// Files beside the VM's own that nobody refers to: those that the journal
     /// says this agent made, and images that stand on one of the VM's.
     async fn orphans(&self, facts: &Facts) -> Result<Vec<Orphan>, Fault> {
-        let noted: BTreeSet<String> = self.journal.noted_files().await?.into_iter().collect();
         let Some(users) = &facts.users else {
             return Ok(Vec::new());
         };
@@ -373,7 +373,7 @@ impl Observer {
                 if users.contains_key(&file) {
                     continue;
                 }
-                let ours = noted.contains(&file);
+                let ours = facts.ours.contains(&file);
                 let Ok(metadata) = tokio::fs::symlink_metadata(&file).await else {
                     continue;
                 };

@@ -6,6 +6,7 @@
 //! word. A guest that libvirt stopped for the call runs again afterwards.
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     time::{Duration, Instant},
 };
@@ -305,6 +306,42 @@ impl Performer {
             );
         }
         Ok(None)
+    }
+
+    /// Files of the VM and of its snapshots, as they were before the run.
+    pub(super) fn known_files(&self) -> BTreeSet<String> {
+        let Some(facts) = &self.facts else {
+            return BTreeSet::new();
+        };
+        let chains = facts
+            .vm
+            .disks
+            .iter()
+            .flat_map(|disk| &disk.chain)
+            .map(|image| image.path.clone());
+        let held = facts
+            .snapshots
+            .iter()
+            .flat_map(|snapshot| &snapshot.disks)
+            .flat_map(|disk| disk.data.iter().chain(&disk.overlay).cloned());
+        chains.chain(held).collect()
+    }
+
+    /// Forgets noted files that libvirt removed or merged, so that a file that
+    /// somebody else puts there later is never taken for ours.
+    pub(super) async fn forget_gone(&self) -> Result<(), Fault> {
+        let mut known = self.known_files();
+        if let Some(facts) = &self.facts {
+            known.retain(|path| facts.ours.contains(path));
+        }
+        let mut gone = Vec::new();
+        for path in known {
+            let there = tokio::fs::symlink_metadata(&path).await;
+            if there.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+                gone.push(path);
+            }
+        }
+        Ok(self.journal.forget_files(gone).await?)
     }
 
     /// Deletes files of ours that no chain of any VM names.

@@ -83,6 +83,7 @@ impl Performer {
             .await?;
         // libvirt removes overlays and memory; copies of UEFI variables are ours.
         self.remove_unused(files).await?;
+        self.forget_gone().await?;
         Ok(Done::Deleted {
             merged_bytes: merged.values().sum(),
         })

@@ -44,8 +44,28 @@ impl Performer {
             force,
             reset_nvram: false,
         };
+        let began = since_epoch().as_secs();
         self.hypervisor.revert(self.vm(), name, flags).await?;
+        self.note_overlays(began).await?;
         Ok(super::plain(""))
+    }
+
+    /// libvirt put a fresh overlay on each disk: that is this run's doing, and
+    /// whoever cleans up later has to know. The overlays that it replaced are
+    /// gone.
+    async fn note_overlays(&self, began: u64) -> Result<(), Fault> {
+        let before = self.known_files();
+        let fresh: Vec<String> = self
+            .observer
+            .disk_paths(self.vm())
+            .await?
+            .into_iter()
+            .filter(|path| !before.contains(path))
+            // Not a disk that the snapshot's definition brought back.
+            .filter(|path| second_in(path).is_some_and(|second| second >= began))
+            .collect();
+        self.journal.note_files(&self.live.id, fresh).await?;
+        self.forget_gone().await
     }
 
     fn snapshot(&self, name: &str) -> Result<Snapshot, Fault> {
@@ -69,12 +89,10 @@ impl Performer {
             .disk_paths(self.vm())
             .await?
             .iter()
-            .filter_map(|path| path.rsplit('.').next()?.parse::<u64>().ok())
+            .filter_map(|path| second_in(path))
             .max()
             .unwrap_or(0);
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = since_epoch();
         // Far in the future means that it is no time at all.
         if last >= now.as_secs() && last < now.as_secs() + 5 {
             let until = Duration::from_secs(last + 1).saturating_sub(now);
@@ -203,6 +221,17 @@ impl Performer {
         };
         Ok(SafeDefinition { xml: text, note })
     }
+}
+
+/// The second by which libvirt named an overlay that a revert made.
+fn second_in(path: &str) -> Option<u64> {
+    path.rsplit('.').next()?.parse().ok()
+}
+
+fn since_epoch() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 struct SafeDefinition {

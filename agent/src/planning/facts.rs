@@ -25,6 +25,9 @@ pub struct Facts {
     pub folders: BTreeMap<String, Folder>,
     /// Who else refers to a file: path to users. `None` when nobody looked.
     pub users: Option<BTreeMap<String, Vec<FileUser>>>,
+    /// Files that this agent's journal says it made, or had libvirt make.
+    #[serde(default)]
+    pub ours: BTreeSet<String>,
 }
 
 /// The hypervisor.

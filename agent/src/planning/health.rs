@@ -125,8 +125,9 @@ fn written_below(
 }
 
 /// Why newer data must be expected in `data`, if so: it is the active image of
-/// the VM, or the image above it in the VM's chain is none that a snapshot put
-/// there.
+/// the VM, or the image above it in the VM's chain is none that a snapshot or a
+/// revert put there. libvirt forgets the overlay of a revert once a snapshot was
+/// made on it; then that snapshot, a child, names it as its data.
 fn merged_away(target: &str, data: &str, all: &[Snapshot], disks: &[Disk]) -> Option<String> {
     let disk = disks.iter().find(|disk| disk.target == target)?;
     if disk.path == data {
@@ -153,6 +154,11 @@ fn merged_away(target: &str, data: &str, all: &[Snapshot], disks: &[Disk]) -> Op
                     .revert_overlays
                     .iter()
                     .any(|(disk, overlay)| disk == target && overlay == above)
+                || all
+                    .iter()
+                    .filter(|child| child.parent.as_ref() == Some(&other.name))
+                    .flat_map(|child| &child.disks)
+                    .any(|disk| disk.target == target && disk.data.as_ref() == Some(above))
         });
     if expected {
         None

@@ -97,6 +97,7 @@ fn quiet() -> Facts {
             },
         )]),
         users: Some(BTreeMap::new()),
+        ours: BTreeSet::new(),
     }
 }
 

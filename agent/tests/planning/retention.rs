@@ -240,7 +240,7 @@ fn the_age_that_equals_a_limit_still_stays() {
     ] {
         assert!(goes(&policy, &facts).is_empty());
         let mut later = facts.clone();
-        later.now = later.now + 1.second();
+        later.now += 1.second();
         assert_eq!(goes(&policy, &later), ["p0"]);
     }
 }
@@ -451,7 +451,7 @@ prop_compose! {
         let mut facts = quiet();
         let mut moment: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         for (at, parent) in parents.iter().enumerate() {
-            moment = moment + gaps[at].seconds();
+            moment += gaps[at].seconds();
             let parent = (at > 0).then(|| format!("s{}", parent.index(at)));
             let mut one = point(&format!("s{at}"), parent.as_deref(), "2026-01-01T00:00:00Z");
             one.created = moment;

@@ -86,10 +86,7 @@ pub fn as_many_as_possible<'a>(
                 }
                 Err(because) => {
                     stay.push(entry);
-                    reasons.push(Stays {
-                        snapshot: *snapshot,
-                        because,
-                    });
+                    reasons.push(Stays { snapshot, because });
                 }
             }
         }
@@ -200,6 +197,7 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
         files.retain(|file| ours && checks::not_shared(facts, [file.as_str()]).is_ok());
     }
     if !metadata_only && external {
+        files.extend(left_behind(snapshot, &children, facts));
         mergeable(snapshot, &children, facts)?;
         let written = snapshot
             .disks
@@ -266,6 +264,38 @@ fn own_files(snapshot: &Snapshot) -> Vec<String> {
     files
 }
 
+/// Overlays that libvirt forgets. It put one on the data of a snapshot that was
+/// reverted to, a later snapshot froze it, and another revert left that one on a
+/// side branch: deleting it removes its own overlay alone. Only those that this
+/// agent had made are meant, never a disk that was there before.
+fn left_behind(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Vec<String> {
+    if !children.is_empty() || tree::is_on_active_path(facts, &snapshot.name) {
+        return Vec::new();
+    }
+    snapshot
+        .disks
+        .iter()
+        .filter_map(|disk| disk.data.as_ref())
+        .filter(|data| facts.ours.contains(*data))
+        .filter(|data| {
+            let in_use = facts
+                .vm
+                .disks
+                .iter()
+                .flat_map(|disk| &disk.chain)
+                .any(|image| image.path == **data);
+            let held = facts
+                .snapshots
+                .iter()
+                .filter(|other| other.name != snapshot.name)
+                .flat_map(|other| &other.disks)
+                .any(|disk| disk.data.as_ref() == Some(*data));
+            !in_use && !held
+        })
+        .cloned()
+        .collect()
+}
+
 fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Result<(), Fault> {
     if !facts.host.deletes_external() {
         return Err(Fault::new(
@@ -287,6 +317,23 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
         )
         .with("snapshot", &snapshot.name)
         .with("branches", names.join(",")));
+    }
+    if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
+        let order: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
+            .into_iter()
+            .map(|below| below.name.as_str())
+            .collect();
+        return Err(Fault::new(
+            Reason::SnapshotBranches,
+            format!(
+                "snapshot '{}' is on a branch that the present state does not stand on, and \
+                 libvirt deletes only from its end: delete {} first, in this order",
+                snapshot.name,
+                order.join(", ")
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("branches", order.join(",")));
     }
     if snapshot.current && !children.is_empty() {
         let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
