@@ -35,6 +35,7 @@ pub fn code(reason: Reason) -> Code {
         | R::SnapshotProtected
         | R::SnapshotGuarded
         | R::SnapshotBranches
+        | R::CurrentUnknown
         | R::KindsMixed
         | R::KindUnsupported
         | R::DiskUnsupported

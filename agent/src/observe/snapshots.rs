@@ -64,6 +64,7 @@ impl Observer {
             .await?
             .into_iter()
             .collect();
+        let ours = self.journal.noted_files().await?;
         let files = self.look(vm, &listed).await;
         let mut all: Vec<Snapshot> = listed
             .iter()
@@ -87,6 +88,7 @@ impl Observer {
                 .map(|(path, why)| (path.as_str(), why.as_str()))
                 .collect(),
             missing: files.missing.iter().map(String::as_str).collect(),
+            ours: ours.iter().map(String::as_str).collect(),
             deleting: listed
                 .iter()
                 .flat_map(|info| {

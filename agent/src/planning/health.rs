@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::facts::{Disk, Health, Kind, Memory, Snapshot};
+use super::facts::{Disk, Health, Kind, Memory, Snapshot, file_name};
 
 /// What is known of the files around.
 #[derive(Debug, Default)]
@@ -24,6 +24,8 @@ pub struct Files<'a> {
     pub broken: BTreeMap<&'a str, &'a str>,
     /// Disks on which an unfinished delete is marked: snapshot and target.
     pub deleting: BTreeSet<(&'a str, &'a str)>,
+    /// Files that this agent made, or had libvirt make.
+    pub ours: BTreeSet<&'a str>,
 }
 
 /// The health of one snapshot, given all of them.
@@ -121,14 +123,24 @@ fn written_below(
                 .into_iter()
                 .filter(|image| *image == disk.path || holds_data(image)),
         )
-        .find_map(|image| merged_away(target, image, all, disks))
+        .find_map(|image| merged_away(target, image, all, disks, &files.ours))
 }
 
 /// Why newer data must be expected in `data`, if so: it is the active image of
 /// the VM, or the image above it in the VM's chain is none that a snapshot or a
 /// revert put there. libvirt forgets the overlay of a revert once a snapshot was
 /// made on it; then that snapshot, a child, names it as its data.
-fn merged_away(target: &str, data: &str, all: &[Snapshot], disks: &[Disk]) -> Option<String> {
+///
+/// Where all later snapshots were merged into such an overlay, no metadata names
+/// it any more: the current snapshot's own is then known by this agent's journal,
+/// or by the name that libvirt gives it.
+fn merged_away(
+    target: &str,
+    data: &str,
+    all: &[Snapshot],
+    disks: &[Disk],
+    ours: &BTreeSet<&str>,
+) -> Option<String> {
     let disk = disks.iter().find(|disk| disk.target == target)?;
     if disk.path == data {
         return Some(format!(
@@ -159,6 +171,10 @@ fn merged_away(target: &str, data: &str, all: &[Snapshot], disks: &[Disk]) -> Op
                     .filter(|child| child.parent.as_ref() == Some(&other.name))
                     .flat_map(|child| &child.disks)
                     .any(|disk| disk.target == target && disk.data.as_ref() == Some(above))
+                || (other.current
+                    && *above == disk.path
+                    && (ours.contains(above.as_str())
+                        || is_revert_overlay(above, data, other.created.as_second())))
         });
     if expected {
         None
@@ -167,4 +183,19 @@ fn merged_away(target: &str, data: &str, all: &[Snapshot], disks: &[Disk]) -> Op
             "the overlay of disk {target} over '{data}' was merged; '{above}' stands on it now"
         ))
     }
+}
+
+/// Whether libvirt would have named `overlay` so when it reverted onto `data`
+/// after `created`, in seconds: the name up to the last dot, and the second.
+fn is_revert_overlay(overlay: &str, data: &str, created: i64) -> bool {
+    let stem = match file_name(data).rfind('.') {
+        Some(at) if at > 0 => &data[..data.len() - file_name(data).len() + at],
+        _ => data,
+    };
+    overlay
+        .strip_prefix(stem)
+        .and_then(|rest| rest.strip_prefix('.'))
+        .filter(|second| second.bytes().all(|byte| byte.is_ascii_digit()))
+        .and_then(|second| second.parse::<i64>().ok())
+        .is_some_and(|second| second >= created)
 }

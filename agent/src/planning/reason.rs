@@ -54,6 +54,8 @@ reasons! {
     SnapshotGuarded = "SNAPSHOT_GUARDED",
     /// Other snapshots branch off below and would lose or change their data.
     SnapshotBranches = "SNAPSHOT_BRANCHES",
+    /// libvirt does not know which snapshot the present state stands on.
+    CurrentUnknown = "CURRENT_SNAPSHOT_UNKNOWN",
     /// Internal and external snapshots would be mixed on one VM, or are.
     KindsMixed = "KINDS_MIXED",
     /// This host cannot revert to or delete that kind of snapshot.

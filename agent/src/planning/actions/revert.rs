@@ -24,7 +24,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     let snapshot = checks::find(facts, &revert.name)?;
     checks::whole(snapshot)?;
     checks::young_enough(facts, snapshot, revert.max_age)?;
-    revertible(snapshot, facts)?;
+    revertible(snapshot, revert.safety_snapshot, facts)?;
     checks::no_block_job(facts)?;
     if facts.vm.managed_save {
         if !revert.force {
@@ -142,7 +142,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     Ok(draft)
 }
 
-fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Result<(), Fault> {
     if snapshot
         .record
         .as_ref()
@@ -167,6 +167,19 @@ fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
                 snapshot.name
             ),
         ));
+    }
+    // Without a current snapshot libvirt 11.3 crashes in the middle of the revert.
+    if snapshot.kind != Kind::Internal && facts.current().is_none() && !safety_snapshot {
+        return Err(Fault::new(
+            Reason::CurrentUnknown,
+            format!(
+                "libvirt does not know which snapshot the present state of VM '{}' stands on, and \
+                 crashes when it reverts to an external one then; set safety_snapshot, which \
+                 keeps the present state as a snapshot and makes that the current one",
+                facts.vm.name
+            ),
+        )
+        .with("snapshot", &snapshot.name));
     }
     // libvirt puts a fresh overlay on every disk, also on one that the snapshot
     // left out: that one would fall back to a state that nobody asked for.
