@@ -98,6 +98,7 @@ fn quiet() -> Facts {
         )]),
         users: Some(BTreeMap::new()),
         ours: BTreeSet::new(),
+        learned: Vec::new(),
     }
 }
 
