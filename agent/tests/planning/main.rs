@@ -1,5 +1,6 @@
 //! What holds for every plan, whatever was asked and whatever is found.
 
+mod issues;
 mod retention;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -116,6 +116,18 @@ impl Issue {
             .any(|condition| condition.subject == Subject::Plan && condition.key == "does")
     }
 
+    /// Whether it applies by what is found, rather than by a fault alone.
+    #[must_use]
+    pub fn has_conditions(&self) -> bool {
+        !self.when.is_empty()
+    }
+
+    /// Whether it explains faults of any kind.
+    #[must_use]
+    pub fn explains_faults(&self) -> bool {
+        self.explains.is_some()
+    }
+
     /// Whether it explains a fault.
     #[must_use]
     pub fn explains(&self, fault: &Fault) -> bool {
