@@ -1,9 +1,12 @@
-//! What the documentation says of the configuration and of errors is what the
-//! agent has.
+//! What the documentation says of the configuration, of errors and of known
+//! issues is what the agent has.
 
 use std::path::Path;
 
-use vmsnap_agent::{config::Config, planning::Reason};
+use vmsnap_agent::{
+    config::Config,
+    planning::{Reason, issues},
+};
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
 
@@ -49,6 +52,55 @@ fn every_page_of_an_error_says_when_it_comes_what_it_tells_what_to_do_and_what_w
             index.contains(&format!("[{reason}]({reason}.md)")),
             "{reason}"
         );
+    }
+}
+
+#[test]
+fn the_page_of_known_issues_is_the_catalogue() {
+    let page = read("known-issues.md");
+    let rows: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let wanted: Vec<String> = issues::catalogue()
+        .iter()
+        .map(|issue| {
+            let mut agent = Vec::new();
+            if issue.warns() {
+                agent.push("warns".to_owned());
+            }
+            if let Some(reason) = issue.reason {
+                agent.push(format!("[{reason}](errors/{reason}.md)"));
+            }
+            if issue.explains_faults() {
+                agent.push("explains the failure".to_owned());
+            }
+            format!(
+                "| `{}` | {} | {} | {} | {} | {} |",
+                issue.id,
+                issue.title,
+                issue.applies_when,
+                issue.what_happens,
+                issue.what_to_do,
+                agent.join(", ")
+            )
+        })
+        .collect();
+    assert_eq!(rows, wanted);
+}
+
+#[test]
+fn every_warning_of_a_known_issue_is_among_the_codes_of_warnings() {
+    let page = read("events.md");
+    let mut codes: Vec<&str> = vec![issues::FULL_BEFORE];
+    codes.extend(
+        issues::catalogue()
+            .iter()
+            .filter(|issue| issue.warns())
+            .map(|issue| issue.id.as_str()),
+    );
+    for code in codes {
+        assert!(page.contains(&format!("| `{code}` |")), "events.md lacks {code}");
     }
 }
 

@@ -94,7 +94,7 @@ pub enum Command {
         #[arg(default_value = "default")]
         pool: String,
     },
-    /// Known issues: list those that are known, record a fix that worked, forget one
+    /// Known issues, built in and learned here: list them, record a fix that worked, forget one
     Issues {
         #[command(subcommand)]
         command: Option<IssuesCommand>,
@@ -331,7 +331,7 @@ pub struct LogArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum IssuesCommand {
-    /// List known issues
+    /// List them: those learned here first, then the built-in ones
     List {
         /// Only those that apply to this VM now
         #[arg(long)]
@@ -343,11 +343,11 @@ pub enum IssuesCommand {
         reason: String,
         /// What worked
         fix: String,
-        /// Pool or VM that it is about; all when left out
-        #[arg(long, value_name = "POOL|VM")]
+        /// Pool, folder or VM that it is about; all when left out
+        #[arg(long, value_name = "POOL|PATH|VM")]
         subject: Option<String>,
     },
-    /// Forget a recorded fix
+    /// Forget what was learned: an error that was seen here, with its fix
     Forget {
         /// Its id, as listed
         id: String,

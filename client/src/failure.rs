@@ -40,7 +40,8 @@ pub struct Failure {
     pub message: String,
     /// Names and figures that belong to the reason.
     pub metadata: BTreeMap<String, String>,
-    /// Fixes that worked on this host before, newest first.
+    /// Fixes that worked on this host before: those for the error's own pool,
+    /// folder or VM first.
     pub known_fixes: Vec<String>,
     /// What is wrong with which field of the request.
     pub violations: Vec<Violation>,

@@ -281,7 +281,7 @@ messages! {
     // known_issue.proto
     KnownIssue {
         id, title, applies_when, what_happens, what_to_do, learned, reason, subject, last_seen,
-        times_seen,
+        times_seen, found,
     }
 
     // inventory.proto

@@ -9,10 +9,15 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use vmsnap_proto::{ERROR_DOMAIN, v1};
 
-use crate::planning::{Fault, Reason};
+use crate::planning::{
+    Fault, Reason,
+    issues::{ADVICE, KNOWN_FIX, KNOWN_ISSUE},
+};
 
 /// Where the page of each reason is, in the documentation that comes with the agent.
 pub const PAGES: &str = "docs/errors/";
+/// The page of the known issues.
+pub const KNOWN_ISSUES: &str = "docs/known-issues.md";
 
 /// The code of a reason.
 #[must_use]
@@ -88,6 +93,13 @@ pub fn status(fault: &Fault) -> Status {
         "what this means and what to do",
         format!("{PAGES}{reason}.md"),
     );
+    if let Some(issue) = fault.metadata.get(KNOWN_ISSUE) {
+        let advice = fault.metadata.get(ADVICE).map_or("", String::as_str);
+        details.add_help_link(format!("known issue {issue}: {advice}"), KNOWN_ISSUES);
+    }
+    for fix in fixes(fault) {
+        details.add_help_link(format!("what worked here before: {fix}"), KNOWN_ISSUES);
+    }
     let subject = || {
         ["snapshot", "vm", "path", "disk", "pool", "workflow_id"]
             .iter()
@@ -128,13 +140,17 @@ pub fn failure(fault: &Fault) -> v1::Failure {
         reason: fault.reason.as_str().to_owned(),
         message: fault.message.clone(),
         metadata: fault.metadata.clone().into_iter().collect(),
-        known_fixes: fault
-            .metadata
-            .iter()
-            .filter(|(key, _)| key.starts_with("known_fix"))
-            .map(|(_, fix)| fix.clone())
-            .collect(),
+        known_fixes: fixes(fault).cloned().collect(),
     }
+}
+
+/// Fixes that a fault carries, in their order.
+fn fixes(fault: &Fault) -> impl Iterator<Item = &String> {
+    fault
+        .metadata
+        .iter()
+        .filter(|(key, _)| key.starts_with(KNOWN_FIX))
+        .map(|(_, fix)| fix)
 }
 
 #[cfg(test)]
@@ -160,6 +176,29 @@ mod tests {
             details.help().unwrap().links[0]
                 .url
                 .ends_with("/SNAPSHOT_NOT_FOUND.md")
+        );
+    }
+
+    #[test]
+    fn what_worked_here_before_is_sent_in_metadata_help_and_the_outcome() {
+        let fault = Fault::new(Reason::NoSpace, "pool 'default' is full")
+            .with("pool", "default")
+            .with("known_fix_1", "grow the pool")
+            .with("known_fix_2", "call the storage team");
+        let status = status(&fault);
+        let details = status.get_error_details();
+        assert_eq!(
+            details.error_info().unwrap().metadata["known_fix_1"],
+            "grow the pool"
+        );
+        let links = &details.help().unwrap().links;
+        // The reason's own page comes first: clients show that one.
+        assert!(links[0].url.ends_with("/NO_SPACE.md"));
+        assert!(links[1].description.ends_with("grow the pool"));
+        assert!(links[2].description.ends_with("call the storage team"));
+        assert_eq!(
+            failure(&fault).known_fixes,
+            ["grow the pool", "call the storage team"]
         );
     }
 

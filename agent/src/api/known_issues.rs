@@ -1,19 +1,22 @@
-//! `KnownIssueService`.
+//! `KnownIssueService`: the built-in catalogue, and what this host taught.
 
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, known_issue_service_server::KnownIssueService};
 
 use super::{errors, reply, workflow};
 use crate::{
-    journal::Learned,
-    planning::{Fault, Reason},
+    planning::{
+        Fault, Reason,
+        issues::{self, Found, Issue, Learned},
+        request::{Action, DEFAULT_POOL, List},
+    },
     workflows::Workflows,
 };
 
 /// Longest fix, in bytes.
 const FIX_MOST: usize = 4_096;
 
-/// The service over the journal.
+/// The service over the catalogue and the journal.
 #[derive(Debug, Clone)]
 pub struct Service(pub Workflows);
 
@@ -21,7 +24,7 @@ fn failed(fault: Fault) -> Status {
     errors::status(&fault)
 }
 
-fn issue(learned: &Learned) -> v1::KnownIssue {
+fn learned(learned: &Learned) -> v1::KnownIssue {
     let subject = if learned.subject.is_empty() {
         "this host".to_owned()
     } else {
@@ -30,14 +33,71 @@ fn issue(learned: &Learned) -> v1::KnownIssue {
     v1::KnownIssue {
         id: learned.id.clone(),
         title: format!("{} on {subject}", learned.reason),
-        applies_when: format!("a run meets {subject}"),
-        what_happens: format!("failed with {} here before", learned.reason),
+        applies_when: format!("a run has to do with {subject}"),
+        what_happens: if learned.seen > 0 {
+            format!("runs failed with {} here before", learned.reason)
+        } else {
+            format!("a run fails with {}", learned.reason)
+        },
         what_to_do: learned.fix.clone(),
         learned: true,
         reason: learned.reason.clone(),
         subject: learned.subject.clone(),
-        last_seen: Some(reply::timestamp(learned.last)),
+        last_seen: (learned.seen > 0).then(|| reply::timestamp(learned.last)),
         times_seen: learned.seen,
+        found: String::new(),
+    }
+}
+
+fn built_in(issue: &Issue, found: String) -> v1::KnownIssue {
+    v1::KnownIssue {
+        id: issue.id.clone(),
+        title: issue.title.clone(),
+        applies_when: issue.applies_when.clone(),
+        what_happens: issue.what_happens.clone(),
+        what_to_do: issue.what_to_do.clone(),
+        reason: issue.reason.map(|it| it.to_string()).unwrap_or_default(),
+        found,
+        ..v1::KnownIssue::default()
+    }
+}
+
+impl Service {
+    /// All that is known, or what applies to a VM now.
+    async fn known(&self, vm: &str) -> Result<Vec<v1::KnownIssue>, Fault> {
+        if vm.is_empty() {
+            let here = self.0.journal().learned().await?;
+            return Ok(here
+                .iter()
+                .map(learned)
+                .chain(
+                    issues::catalogue()
+                        .iter()
+                        .map(|issue| built_in(issue, String::new())),
+                )
+                .collect());
+        }
+        let request = crate::planning::Request {
+            vm: vm.to_owned(),
+            // Reads also who else uses the VM's files.
+            action: Action::List(List::default()),
+            start_if_stopped: false,
+            pool: DEFAULT_POOL.to_owned(),
+        };
+        request.check()?;
+        let facts = self.0.observer().facts(&request).await?;
+        let about = facts
+            .learned
+            .iter()
+            .filter(|it| issues::is_about(it, &facts));
+        Ok(about
+            .map(learned)
+            .chain(
+                issues::applying(&facts)
+                    .into_iter()
+                    .map(|Found { issue, on }| built_in(issue, on)),
+            )
+            .collect())
     }
 }
 
@@ -48,13 +108,7 @@ impl KnownIssueService for Service {
         request: Request<v1::ListKnownIssuesRequest>,
     ) -> Result<Response<v1::ListKnownIssuesResponse>, Status> {
         let message = request.into_inner();
-        let learned = self
-            .0
-            .journal()
-            .learned()
-            .await
-            .map_err(|error| failed(error.into()))?;
-        let all: Vec<v1::KnownIssue> = learned.iter().map(issue).collect();
+        let all = self.known(&message.vm_name).await.map_err(failed)?;
         let (issues, next_page_token) = workflow::slice(
             &all,
             workflow::page(message.page_size, 100, 1_000),
@@ -102,14 +156,14 @@ impl KnownIssueService for Service {
         if let Err(problem) = crate::planning::names::check_reference(&message.subject) {
             return Err(failed(Fault::bad_field("subject", problem)));
         }
-        let learned = self
+        let kept = self
             .0
             .journal()
             .learn(reason.as_str(), &message.subject, Some(&message.fix))
             .await
             .map_err(|error| failed(error.into()))?;
         Ok(Response::new(v1::RecordFixResponse {
-            issue: Some(issue(&learned)),
+            issue: Some(learned(&kept)),
         }))
     }
 
@@ -118,6 +172,12 @@ impl KnownIssueService for Service {
         request: Request<v1::ForgetFixRequest>,
     ) -> Result<Response<v1::ForgetFixResponse>, Status> {
         let id = request.into_inner().id;
+        if issues::catalogue().iter().any(|issue| issue.id == id) {
+            return Err(failed(Fault::bad_field(
+                "id",
+                format!("'{id}' is built in; only what was learned here can be forgotten"),
+            )));
+        }
         let gone = self
             .0
             .journal()

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     flow::Record,
-    planning::{Fault, Outcome, Request, facts::SnapshotRecord},
+    planning::{Fault, Outcome, Request, facts::SnapshotRecord, issues::Learned},
 };
 
 pub use store::RunFilter;
@@ -133,23 +133,6 @@ pub struct Stamped {
     pub time: Timestamp,
     /// The record.
     pub record: Record,
-}
-
-/// A fix that worked on this host, or a fault that was seen here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Learned {
-    /// Id.
-    pub id: String,
-    /// Reason code.
-    pub reason: String,
-    /// Pool or VM; empty for all.
-    pub subject: String,
-    /// The fix; empty when only the fault was seen.
-    pub fix: String,
-    /// How often it was seen.
-    pub seen: u32,
-    /// When it was last seen.
-    pub last: Timestamp,
 }
 
 /// Why the journal cannot be used.

@@ -186,6 +186,7 @@ impl Observer {
             folders,
             users,
             ours: self.journal.noted_files().await?.into_iter().collect(),
+            learned: self.journal.learned().await?,
         };
         if let Action::Cleanup(cleanup) = &request.action
             && cleanup.orphans != Orphans::Ignore

@@ -25,7 +25,7 @@ use crate::{
     flow::Snapshots,
     journal::Journal,
     observe::Observer,
-    planning::{Done, Facts, Fault, Outcome, Plan, Reason, Step, Warning},
+    planning::{Done, Facts, Fault, Outcome, Plan, Reason, Step, Warning, files, issues},
     workflows::{Live, Progress},
 };
 
@@ -92,15 +92,14 @@ fn plain(note: impl Into<String>) -> Done {
     Done::Plain { note: note.into() }
 }
 
-impl Perform<Snapshots> for Performer {
-    async fn perform(
+impl Performer {
+    async fn take(
         &self,
         index: usize,
         step: &Step,
         done: &[Option<Done>],
         cancel: &Cancel,
     ) -> Result<Done, Fault> {
-        tracing::debug!(run = %self.live.id, vm = %self.vm(), step = step.title(), "step begins");
         match step {
             Step::DropManagedSave => {
                 self.hypervisor.managed_save_remove(self.vm()).await?;
@@ -158,6 +157,36 @@ impl Perform<Snapshots> for Performer {
             } => self.delete_volume(pool, name, path).await,
             Step::DeleteFile { path, .. } => self.delete_file(path).await,
         }
+    }
+
+    /// Says where there is no space, where libvirt did not: what is learned from
+    /// it is learned of that place.
+    fn placed(&self, fault: Fault, step: &Step) -> Fault {
+        if fault.reason != Reason::NoSpace || fault.metadata.contains_key("path") {
+            return fault;
+        }
+        let Some(facts) = &self.facts else {
+            return fault;
+        };
+        let written = issues::written(&self.plan.request, facts, std::slice::from_ref(step));
+        match written.first() {
+            Some(path) => files::at(fault, facts, path),
+            None => fault,
+        }
+    }
+}
+
+impl Perform<Snapshots> for Performer {
+    async fn perform(
+        &self,
+        index: usize,
+        step: &Step,
+        done: &[Option<Done>],
+        cancel: &Cancel,
+    ) -> Result<Done, Fault> {
+        tracing::debug!(run = %self.live.id, vm = %self.vm(), step = step.title(), "step begins");
+        let taken = self.take(index, step, done, cancel).await;
+        taken.map_err(|fault| self.placed(fault, step))
     }
 
     async fn undo(

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::issues::Learned;
+
 /// Everything a plan may depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
@@ -28,6 +30,9 @@ pub struct Facts {
     /// Files that this agent's journal says it made, or had libvirt make.
     #[serde(default)]
     pub ours: BTreeSet<String>,
+    /// What this host taught.
+    #[serde(default)]
+    pub learned: Vec<Learned>,
 }
 
 /// The hypervisor.

@@ -107,28 +107,6 @@ impl<'a> Files<'a> {
         }
         Ok(())
     }
-
-    /// Folders that are nearly full: what people call each, and a sentence.
-    #[must_use]
-    pub fn nearly_full(&self) -> Vec<(String, String)> {
-        self.needs
-            .keys()
-            .filter_map(|path| Some((path, self.facts.folders.get(path)?)))
-            .filter(|(_, folder)| folder.capacity > 0 && folder.free < folder.capacity / 10)
-            .map(|(path, folder)| {
-                (
-                    place(self.facts, path),
-                    format!(
-                        "{} has {} of {} bytes free; an overlay grows with every write, and a \
-                         guest that finds no space is paused",
-                        place(self.facts, path),
-                        folder.free,
-                        folder.capacity
-                    ),
-                )
-            })
-            .collect()
-    }
 }
 
 /// A folder as people know it.
@@ -154,9 +132,15 @@ pub fn no_space(facts: &Facts, path: &str, need: u64, free: u64) -> Fault {
             place(facts, path)
         ),
     )
-    .with("path", path)
     .with("need_bytes", need)
     .with("free_bytes", free);
+    at(fault, facts, path)
+}
+
+/// A fault with the folder that it is about, and the pool that lies there.
+#[must_use]
+pub fn at(fault: Fault, facts: &Facts, path: &str) -> Fault {
+    let fault = fault.with("path", path);
     match facts
         .folders
         .get(path)

@@ -10,6 +10,7 @@ pub mod actions;
 pub mod facts;
 pub mod files;
 pub mod health;
+pub mod issues;
 pub mod names;
 pub mod outcome;
 pub mod plan;

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::{
     actions,
     facts::{Consistency, Facts, VmState},
+    issues,
     outcome::Verdict,
     reason::Fault,
     request::{Action, Request},
@@ -211,7 +212,7 @@ fn hash(plan: &Plan, generated: &[&str]) -> String {
 /// The refusal: nothing may be touched.
 pub fn plan(request: &Request, facts: &Facts) -> Result<Plan, Fault> {
     request.check()?;
-    let draft = match &request.action {
+    let mut draft = match &request.action {
         Action::Create(create) => actions::create::draft(request, create, facts)?,
         Action::Revert(revert) => actions::revert::draft(request, revert, facts)?,
         Action::Commit(commit) => actions::commit::draft(request, commit, facts)?,
@@ -219,5 +220,7 @@ pub fn plan(request: &Request, facts: &Facts) -> Result<Plan, Fault> {
         Action::Cleanup(cleanup) => actions::cleanup::draft(request, cleanup, facts)?,
         Action::Confirm { name } => actions::confirm::draft(name, facts),
     };
+    let known = issues::warnings(request, facts, &draft.steps);
+    draft.warnings.extend(known);
     Ok(draft.finish(request, facts))
 }

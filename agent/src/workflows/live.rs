@@ -12,7 +12,7 @@ use vmsnap_engine::{Cancel, Log, LogError};
 use crate::{
     flow::{Record, Snapshots},
     journal::{Journal, Stamped},
-    planning::{Fault, Request},
+    planning::{Fault, Request, issues},
 };
 
 /// Bytes of a step that goes on.
@@ -120,7 +120,8 @@ impl Live {
     }
 }
 
-/// Writes the records of a run into the journal, then shows them.
+/// Writes the records of a run into the journal, then shows them. The fault
+/// that a run ends with gets what is known of it.
 #[derive(Debug)]
 pub struct LiveLog {
     /// The run.
@@ -130,7 +131,12 @@ pub struct LiveLog {
 }
 
 impl Log<Snapshots> for LiveLog {
-    async fn append(&self, record: Record) -> Result<(), LogError> {
+    async fn append(&self, mut record: Record) -> Result<(), LogError> {
+        if let Record::Closed { fault, .. } = &mut record
+            && let Some(bare) = fault.take()
+        {
+            *fault = Some(explained(bare, &self.live.request.vm, &self.journal).await);
+        }
         let stamped = self
             .journal
             .append(&self.live.id, record)
@@ -144,5 +150,16 @@ impl Log<Snapshots> for LiveLog {
             .push(Arc::new(stamped));
         self.live.written.send_replace(sequence);
         Ok(())
+    }
+}
+
+/// A fault with the fixes that worked here and the known issue that explains it.
+pub async fn explained(fault: Fault, vm: &str, journal: &Journal) -> Fault {
+    match journal.learned().await {
+        Ok(learned) => issues::explained(fault, vm, &learned),
+        Err(error) => {
+            tracing::warn!(%error, "what this host taught cannot be read");
+            fault
+        }
     }
 }

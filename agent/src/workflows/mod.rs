@@ -119,10 +119,16 @@ impl Workflows {
     /// # Errors
     /// The refusal.
     pub async fn plan(&self, request: &Request) -> Result<(Plan, planning::Facts), Fault> {
-        request.check()?;
-        let facts = self.0.observer.facts(request).await?;
-        let plan = planning::plan(request, &facts)?;
-        Ok((plan, facts))
+        let planned = async {
+            request.check()?;
+            let facts = self.0.observer.facts(request).await?;
+            let plan = planning::plan(request, &facts)?;
+            Ok((plan, facts))
+        };
+        match planned.await {
+            Ok(planned) => Ok(planned),
+            Err(fault) => Err(live::explained(fault, &request.vm, &self.0.journal).await),
+        }
     }
 
     /// Begins a run, or joins the one that it belongs to. Returns its id.
@@ -131,6 +137,19 @@ impl Workflows {
     /// When the request is malformed, the id belongs to something else, the
     /// agent is stopping or full, or the journal cannot be written.
     pub async fn submit(
+        &self,
+        request: Request,
+        how: Submission,
+        caller: Caller,
+    ) -> Result<String, Fault> {
+        let vm = request.vm.clone();
+        match self.accept(request, how, caller).await {
+            Ok(id) => Ok(id),
+            Err(fault) => Err(live::explained(fault, &vm, &self.0.journal).await),
+        }
+    }
+
+    async fn accept(
         &self,
         request: Request,
         how: Submission,
@@ -351,16 +370,17 @@ impl Workflows {
         let Some(fault) = fault.filter(|fault| fault.reason == Reason::NoSpace) else {
             return;
         };
-        let subject = fault
-            .metadata
-            .get("pool")
-            .or_else(|| fault.metadata.get("path"))
-            .cloned()
-            .unwrap_or_default();
+        // Where it is not known, it would be remembered of the whole host.
+        let Some(subject) = ["pool", "path"]
+            .iter()
+            .find_map(|key| fault.metadata.get(*key))
+        else {
+            return;
+        };
         if let Err(error) = self
             .0
             .journal
-            .learn(fault.reason.as_str(), &subject, None)
+            .learn(fault.reason.as_str(), subject, None)
             .await
         {
             tracing::warn!(%error, "what this run taught could not be kept");

@@ -1,5 +1,6 @@
 //! What holds for every plan, whatever was asked and whatever is found.
 
+mod issues;
 mod retention;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -98,6 +99,7 @@ fn quiet() -> Facts {
         )]),
         users: Some(BTreeMap::new()),
         ours: BTreeSet::new(),
+        learned: Vec::new(),
     }
 }
 

@@ -16,6 +16,7 @@ pub fn issues(issues: &[v1::KnownIssue], clock: &Clock) -> String {
         }
         let _ = writeln!(text, "{}: {}", clean(&issue.id), clean(&issue.title));
         for (label, value) in [
+            ("found", &issue.found),
             ("when", &issue.applies_when),
             ("what happens", &issue.what_happens),
             ("what to do", &issue.what_to_do),
@@ -27,8 +28,9 @@ pub fn issues(issues: &[v1::KnownIssue], clock: &Clock) -> String {
         }
         if issue.learned {
             let seen = match issue.times_seen {
-                1 => "once".to_owned(),
-                times => format!("{times} times"),
+                0 => "recorded by hand".to_owned(),
+                1 => "seen once".to_owned(),
+                times => format!("seen {times} times"),
             };
             let last = clock.time(issue.last_seen.as_ref());
             let last = if last.is_empty() {
@@ -38,7 +40,7 @@ pub fn issues(issues: &[v1::KnownIssue], clock: &Clock) -> String {
             };
             let _ = writeln!(
                 text,
-                "  learned here from {}, seen {seen}{last}",
+                "  learned here for {}, {seen}{last}",
                 clean(&issue.reason)
             );
         }
@@ -49,6 +51,25 @@ pub fn issues(issues: &[v1::KnownIssue], clock: &Clock) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_issue_of_a_vm_says_what_it_was_found_on() {
+        let issue = v1::KnownIssue {
+            id: "RAW_DISK".to_owned(),
+            title: "A disk is raw".to_owned(),
+            applies_when: "a writable disk is raw".to_owned(),
+            found: "disk vdb is raw".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(
+            issues(&[issue], &Clock::fixed(0)),
+            "\
+RAW_DISK: A disk is raw
+  found: disk vdb is raw
+  when: a writable disk is raw
+"
+        );
+    }
 
     #[test]
     fn a_learned_issue_says_from_what_and_how_often() {
@@ -68,7 +89,7 @@ mod tests {
 learned-7: the pool was full
   what to do: empty /pool/old
   about: default
-  learned here from NO_SPACE, seen 2 times
+  learned here for NO_SPACE, seen 2 times
 "
         );
     }

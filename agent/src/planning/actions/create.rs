@@ -20,7 +20,7 @@ use crate::planning::{
 const DEVICE_STATE_BYTES: u64 = 8 * 1024 * 1024;
 /// Milliseconds for which an internal snapshot stops the guest for each GiB of
 /// its memory; 2.7 to 3.2 s were measured at 1 GiB.
-const INTERNAL_STOP_MS_PER_GIB: u64 = 3_200;
+pub const INTERNAL_STOP_MS_PER_GIB: u64 = 3_200;
 /// Milliseconds for which saving memory into a file stops the guest, whatever
 /// its size, when the file is flushed while it runs and when it is not.
 const EXTERNAL_STOP_MS: u64 = 450;
@@ -251,21 +251,7 @@ pub fn snapshot(
         }
         _ => None,
     };
-    if facts.vm.firmware.vtpm {
-        draft.warn(
-            "VTPM_NOT_COVERED",
-            "the state of the software TPM is not part of the snapshot",
-            "a revert may make secrets sealed since then unreadable",
-        );
-    }
     files.check_space()?;
-    for (place, message) in files.nearly_full() {
-        draft.warn(
-            "POOL_NEARLY_FULL",
-            message,
-            format!("free space in {place} or enlarge it"),
-        );
-    }
     if let Some(max_stop) = create.max_stop {
         let stop = Duration::from_millis(way.stop_ms(facts));
         if stop > max_stop {
@@ -326,7 +312,9 @@ pub fn snapshot(
         None,
         Some(kind.name().into()),
     );
-    if !way.memory && state != VmState::Stopped && !safety {
+    // Where memory cannot be saved at all, a known issue says so.
+    let savable = facts.vm.not_migratable.is_empty();
+    if !way.memory && state != VmState::Stopped && !safety && savable {
         draft.warn(
             "MEMORY_NOT_SAVED",
             "memory is not part of the snapshot: a revert starts the guest from its disks",
@@ -441,7 +429,7 @@ fn consistency(
     // An internal snapshot of a VM that is not off always holds memory.
     let memory = create.memory || kind == Kind::Internal;
     if memory {
-        return with_memory(create, kind, state, started, facts, draft);
+        return with_memory(create, kind, state, facts, draft);
     }
     if state == VmState::Paused {
         if create.consistency == Some(Consistency::Filesystem) {
@@ -457,11 +445,6 @@ fn consistency(
         return Ok(Way::still(Consistency::Suspend));
     }
     if facts.vm.frozen == Some(true) && create.consistency != Some(Consistency::Crash) {
-        draft.warn(
-            "FROZEN_BY_OTHERS",
-            format!("the file systems of VM '{vm}' were frozen before this run; they stay frozen"),
-            format!("if nobody needs that, thaw them: virsh domfsthaw {vm}"),
-        );
         draft.decide("consistency", "filesystem", "the guest is frozen already");
         return Ok(Way::still(Consistency::Filesystem));
     }
@@ -523,16 +506,6 @@ fn consistency(
                 (false, true, false) => "the guest agent is not connected",
                 (false, true, true) => "the guest agent does not answer",
             };
-            if agent.defined && !started {
-                draft.warn(
-                    "AGENT_SILENT",
-                    format!(
-                        "VM '{vm}' has a channel for a guest agent, but {why}; the snapshot is \
-                         crash-consistent only"
-                    ),
-                    "start qemu-guest-agent in the guest",
-                );
-            }
             draft.decide("consistency", "suspend", why);
             Way {
                 suspend: true,
@@ -547,7 +520,6 @@ fn with_memory(
     create: &Create,
     kind: Kind,
     state: VmState,
-    started: bool,
     facts: &Facts,
     draft: &mut Draft,
 ) -> Result<Way, Fault> {
@@ -583,13 +555,6 @@ fn with_memory(
                 state.name()
             ),
         ));
-    }
-    if kind == Kind::External && state == VmState::Paused && !started {
-        draft.warn(
-            "PAUSED_MEMORY",
-            format!("VM '{vm}' is paused; its disks are made active again after the call"),
-            "",
-        );
     }
     if kind == Kind::Internal && !create.memory {
         draft.warn(

@@ -67,29 +67,17 @@ pub fn draft(commit: &Commit, bytes: u64, facts: &Facts, draft: &mut Draft) -> R
         .first()
         .map(|image| image.internal.iter().map(String::as_str).collect())
         .unwrap_or_default();
-    if !internal.is_empty() {
-        if disk.chain[0].compat == "0.10" {
-            return Err(Fault::new(
-                Reason::DiskUnsupported,
-                format!(
-                    "the image of disk {} holds internal snapshots ({}) in the old format qcow2 \
-                     0.10, which cannot be resized with them; remove them, or amend it to 1.1",
-                    disk.target,
-                    internal.join(", ")
-                ),
-            )
-            .with("disk", &disk.target));
-        }
-        draft.warn(
-            "SIZE_COMES_BACK",
+    if !internal.is_empty() && disk.chain[0].compat == "0.10" {
+        return Err(Fault::new(
+            Reason::DiskUnsupported,
             format!(
-                "the image of disk {} holds internal snapshots ({}); a revert brings the old size \
-                 back",
+                "the image of disk {} holds internal snapshots ({}) in the old format qcow2 \
+                 0.10, which cannot be resized with them; remove them, or amend it to 1.1",
                 disk.target,
                 internal.join(", ")
             ),
-            "",
-        );
+        )
+        .with("disk", &disk.target));
     }
     draft.push(Step::Resize {
         disk: disk.target.clone(),

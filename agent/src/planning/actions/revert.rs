@@ -294,14 +294,6 @@ fn compare_definition(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
             Some(facts.vm.machine.clone()),
             Some(snapshot.machine.clone()),
         );
-        draft.warn(
-            "MACHINE_DIFFERS",
-            format!(
-                "the snapshot was made on machine type {} and the VM has {} now",
-                snapshot.machine, facts.vm.machine
-            ),
-            "",
-        );
     }
     for disk in facts.writable_disks() {
         if !snapshot.disks.iter().any(|of| of.target == disk.target) {
@@ -320,19 +312,5 @@ fn compare_definition(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
                 "",
             );
         }
-    }
-    if let Some(record) = &snapshot.record
-        && snapshot.memory != Memory::None
-        && record.qemu != facts.host.qemu
-    {
-        draft.warn(
-            "QEMU_CHANGED",
-            format!(
-                "memory was saved by QEMU {} and will be loaded by {}",
-                super::kind::version(record.qemu),
-                super::kind::version(facts.host.qemu)
-            ),
-            "if it cannot be loaded, the VM is left as it is now",
-        );
     }
 }
