@@ -3,7 +3,7 @@
 //! silent guest agents. virsh, qemu-img and the bytes on the disks are the
 //! witnesses.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -555,35 +555,15 @@ fn a_device_that_keeps_memory_from_being_saved_is_named_and_disks_alone_are_fine
     Ok(())
 }
 
-/// A block device over a file; gone when dropped.
-struct Loop(String);
-
-impl Loop {
-    fn over(lab: &Lab, file: &str) -> Result<Self> {
-        let device = command::succeed(&mut command::privileged(["losetup", "-f", "--show", file]))?;
-        let this = Self(device.trim().to_owned());
-        let owner = format!("{}:{}", lab.user.uid, lab.user.gid);
-        command::succeed(&mut command::privileged(["chown", &owner, &this.0]))?;
-        Ok(this)
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = command::succeed(&mut command::privileged(["losetup", "-d", &self.0]));
-        let _ = command::succeed(&mut command::privileged(["chown", "root:root", &self.0]));
-    }
-}
-
 #[test]
 fn a_block_device_is_refused_by_name_with_what_would_help() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     let file = lab.images().join(format!("l{}.raw", std::process::id()));
-    let file = file.display().to_string();
-    lab.qemu_img(["create", "-q", "-f", "raw", &file, "8M"])?;
-    let device = Loop::over(&lab, &file)?;
-    let path = device.0.as_str();
+    let shown = file.display().to_string();
+    lab.qemu_img(["create", "-q", "-f", "raw", &shown, "8M"])?;
+    let device = lab.block_device(&file)?;
+    let path = device.path();
     let with = |format: &str| BlankSpec {
         devices: format!(
             "<disk type='block' device='disk'><driver name='qemu' type='{format}'/>\
@@ -726,10 +706,9 @@ fn a_disk_is_left_out_only_by_name_and_with_the_loss_of_revert_accepted() -> Res
 
 // --- drives -------------------------------------------------------------------
 
-/// A folder of the lab's user for media; gone when dropped.
+/// A folder of the lab's user with a medium in it; gone when dropped.
 struct Media {
     folder: PathBuf,
-    closed: bool,
 }
 
 impl Media {
@@ -738,33 +717,11 @@ impl Media {
         fs::create_dir(&folder)?;
         lab.own(&folder)?;
         lab.write(&folder.join("cd.iso"), &"iso ".repeat(256 << 10))?;
-        Ok(Self {
-            folder,
-            closed: false,
-        })
+        Ok(Self { folder })
     }
 
     fn iso(&self) -> String {
         self.folder.join("cd.iso").display().to_string()
-    }
-
-    /// Mounts it on itself, read-only.
-    fn close(&mut self) -> Result<()> {
-        let folder = self.folder.display().to_string();
-        command::succeed(&mut command::privileged([
-            "mount", "--bind", &folder, &folder,
-        ]))?;
-        self.closed = true;
-        let words = ["mount", "-o", "remount,bind,ro", &folder];
-        command::succeed(&mut command::privileged(words)).map(drop)
-    }
-
-    fn open(&mut self) {
-        if std::mem::take(&mut self.closed) {
-            let folder = self.folder.display().to_string();
-            // A guest may have the medium open still.
-            let _ = command::succeed(&mut command::privileged(["umount", "-l", &folder]));
-        }
     }
 
     fn files(&self) -> Result<Vec<String>> {
@@ -790,7 +747,6 @@ impl Media {
 
 impl Drop for Media {
     fn drop(&mut self) {
-        self.open();
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
@@ -845,9 +801,9 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
 {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let mut media = Media::new(&lab)?;
+    let media = Media::new(&lab)?;
     let iso = media.iso();
-    media.close()?;
+    let closed = lab.read_only(&media.folder)?;
     let drive = media.drive();
     let seed = BlankSpec {
         devices: format!(
@@ -856,7 +812,9 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
         ),
         ..BlankSpec::default()
     };
-    for (spec, what) in [(drive, "drive sda"), (seed, "disk vdb")] {
+    let mut last = None;
+    // The drive comes last: its folder is opened again for it.
+    for (spec, what) in [(seed, "disk vdb"), (drive, "drive sda")] {
         let domain = lab.blank(&spec)?;
         let name = domain.name.as_str();
         let (reason, message) = refused(&agent, &domain, &["s"])?;
@@ -876,21 +834,28 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
         assert_eq!(failure["reason"], "MEDIA_NOT_COVERED");
         assert_eq!(failure["metadata"]["medium"], iso);
         assert_eq!(domain.state()?, "running");
-        if what == "drive sda" {
-            // Gone is as bad as read-only.
-            media.open();
-            fs::rename(&iso, media.folder.join("away.iso"))?;
-            let kept = agent.vmsnap(&["revert", name, "s"])?;
-            assert_eq!(kept.failure()?["reason"], "MEDIA_NOT_COVERED");
-            assert_eq!(domain.state()?, "running");
-            fs::rename(media.folder.join("away.iso"), &iso)?;
-            // With its folder writable it is a restore point after all.
-            agent.vmsnap(&["revert", name, "s"])?.result()?;
-            agent.vmsnap(&["cleanup", name, "s"])?.result()?;
-            drop(domain);
-            media.close()?;
-        }
+        last = Some(domain);
     }
+    let domain = last.context("the drive")?;
+    let name = domain.name.as_str();
+    // Gone is as bad as read-only.
+    drop(closed);
+    let away = media.folder.join("away.iso");
+    fs::rename(&iso, &away)?;
+    let kept = agent.vmsnap(&["revert", name, "s"])?;
+    assert_eq!(kept.failure()?["reason"], "MEDIA_NOT_COVERED");
+    assert_eq!(domain.state()?, "running");
+    fs::rename(&away, &iso)?;
+    // With its folder writable it is a restore point after all.
+    agent.vmsnap(&["revert", name, "s"])?.result()?;
+    agent.vmsnap(&["cleanup", name, "s"])?.result()?;
+    assert_eq!(media.files()?, ["cd.iso"]);
+    // A folder that libvirt may not write into is as bad as a read-only mount.
+    fs::set_permissions(&media.folder, fs::Permissions::from_mode(0o555))?;
+    let (reason, message) = refused(&agent, &domain, &["s"])?;
+    fs::set_permissions(&media.folder, fs::Permissions::from_mode(0o755))?;
+    assert_eq!(reason, "MEDIA_NOT_COVERED");
+    assert!(message.contains("may be made"), "{message}");
     Ok(())
 }
 
