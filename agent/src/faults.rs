@@ -44,6 +44,7 @@ pub fn reason(error: &Error) -> Reason {
         ErrorKind::AgentFailed => Reason::GuestAgentFailed,
         ErrorKind::GuestFrozen => Reason::GuestFrozen,
         ErrorKind::InvalidState => Reason::DomainState,
+        ErrorKind::NotMigratable => Reason::MemoryNotSavable,
         ErrorKind::Denied => Reason::StorageNotWritable,
         ErrorKind::Aborted => Reason::Cancelled,
         ErrorKind::AlreadyExists

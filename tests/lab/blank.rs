@@ -16,9 +16,9 @@ use crate::domain::{Domain, Lab};
 pub struct BlankSpec {
     /// More disks: target, format (`qcow2` or `raw`), read-only.
     pub disks: Vec<(String, String, bool)>,
-    /// More devices, as XML.
+    /// More devices, as XML; `{name}` is the domain's name.
     pub devices: String,
-    /// More below `<os>`, as XML.
+    /// More below `<os>`, as XML; `{name}` is the domain's name.
     pub os: String,
     /// Backing file of the first disk.
     pub backing: Option<String>,
@@ -92,11 +92,14 @@ impl Lab {
                  <source file='{shown}'/><target dev='{target}' bus='virtio'/>{readonly}</disk>"
             );
         }
+        let named = |xml: &str| xml.replace("{name}", &name);
+        // UEFI needs ACPI.
         let xml = format!(
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
-             <os><type arch='x86_64' machine='q35'>hvm</type>{}</os><devices>{disks}{}\
-             <memballoon model='none'/></devices></domain>",
-            spec.os, spec.devices
+             <os><type arch='x86_64' machine='q35'>hvm</type>{}</os><features><acpi/></features>\
+             <devices>{disks}{}<memballoon model='none'/></devices></domain>",
+            named(&spec.os),
+            named(&spec.devices)
         );
         let domain = self.domain(&name);
         let blank = Blank { domain };

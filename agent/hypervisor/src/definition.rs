@@ -73,6 +73,17 @@ pub struct Nvram {
     pub format: Option<String>,
 }
 
+/// A shared memory device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedMemory {
+    /// Name.
+    pub name: String,
+    /// Model, such as `ivshmem-plain`.
+    pub model: String,
+    /// The role is `master`: QEMU then saves its content with the guest.
+    pub master: bool,
+}
+
 /// A channel into the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChannelDefinition {
@@ -113,14 +124,22 @@ pub struct DomainDefinition {
     pub disks: Vec<DiskDefinition>,
     /// Channels.
     pub channels: Vec<ChannelDefinition>,
-    /// Shared memory devices: name and model.
-    pub shmem: Vec<(String, String)>,
+    /// Shared memory devices.
+    pub shmem: Vec<SharedMemory>,
     /// Shared folders: driver and target.
     pub filesystems: Vec<(String, String)>,
     /// Devices passed through, by type.
     pub hostdevs: Vec<String>,
     /// A TPM emulated by a process with state of its own.
     pub emulated_tpm: bool,
+}
+
+impl DiskDefinition {
+    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    #[must_use]
+    pub fn only_read(&self) -> bool {
+        self.readonly || !matches!(&*self.device, "disk" | "lun")
+    }
 }
 
 impl DomainDefinition {
@@ -154,16 +173,18 @@ impl DomainDefinition {
 
     /// Devices that keep memory from being saved, for people: QEMU refuses to
     /// save with shared memory in peer mode, virtiofs and passed-through devices.
+    /// Shared memory whose role is `master` is saved with the guest, and libvirt
+    /// lets passed-through USB devices be: they are plugged in anew.
     #[must_use]
     pub fn not_migratable(&self) -> Vec<String> {
         let mut devices: Vec<String> = Vec::new();
-        for (name, model) in &self.shmem {
+        for SharedMemory { name, model, .. } in self.shmem.iter().filter(|shmem| !shmem.master) {
             devices.push(format!("shared memory device '{name}' ({model})"));
         }
         for (driver, target) in &self.filesystems {
             devices.push(format!("shared folder '{target}' ({driver})"));
         }
-        for kind in &self.hostdevs {
+        for kind in self.hostdevs.iter().filter(|kind| *kind != "usb") {
             devices.push(format!("passed-through {kind} device"));
         }
         devices
@@ -268,13 +289,12 @@ pub(crate) fn domain(root: Node<'_, '_>) -> Result<DomainDefinition, Fault> {
             })
             .collect(),
         shmem: of("shmem")
-            .map(|shmem| {
-                (
-                    own(shmem.attribute("name").unwrap_or_default()),
-                    own(child(shmem, "model")
-                        .and_then(|model| model.attribute("type"))
-                        .unwrap_or("ivshmem")),
-                )
+            .map(|shmem| SharedMemory {
+                name: own(shmem.attribute("name").unwrap_or_default()),
+                model: own(child(shmem, "model")
+                    .and_then(|model| model.attribute("type"))
+                    .unwrap_or("ivshmem")),
+                master: shmem.attribute("role") == Some("master"),
             })
             .collect(),
         filesystems: of("filesystem")
@@ -381,7 +401,11 @@ mod tests {
        <disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdb'/></disk>
        <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
        <shmem name='m'><model type='ivshmem-plain'/></shmem>
+       <shmem name='n' role='master'><model type='ivshmem-plain'/></shmem>
+       <filesystem type='mount'><driver type='virtiofs'/><source dir='/srv'/><target dir='shared'/></filesystem>
        <hostdev mode='subsystem' type='pci'/>
+       <hostdev mode='subsystem' type='usb'/>
+       <interface type='hostdev'/>
       </devices></domain>";
 
     #[test]
@@ -398,7 +422,15 @@ mod tests {
         assert_eq!(domain.disks[1].source, DiskSource::None);
         assert_eq!(domain.disks[2].path.as_deref(), Some("p/v"));
         assert!(domain.guest_agent().unwrap().connected);
-        assert_eq!(domain.not_migratable().len(), 2);
+        assert_eq!(
+            domain.not_migratable(),
+            [
+                "shared memory device 'm' (ivshmem-plain)",
+                "shared folder 'shared' (virtiofs)",
+                "passed-through pci device",
+                "passed-through network device",
+            ]
+        );
     }
 
     #[test]

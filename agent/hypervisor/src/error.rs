@@ -65,6 +65,8 @@ pub enum ErrorKind {
     GuestFrozen,
     /// The domain, pool or volume is not in a state that allows the call.
     InvalidState,
+    /// A device of the domain keeps its memory from being saved.
+    NotMigratable,
     /// This host, driver or configuration cannot do it.
     Unsupported,
     /// An argument or an XML document was refused.
@@ -115,6 +117,7 @@ impl fmt::Display for ErrorKind {
             Self::AgentFailed => "the guest agent reported a failure",
             Self::GuestFrozen => "the guest's file systems are frozen",
             Self::InvalidState => "the present state does not allow it",
+            Self::NotMigratable => "a device keeps the memory from being saved",
             Self::Unsupported => "it is not supported here",
             Self::InvalidArgument => "an argument was refused",
             Self::Denied => "access was denied",
@@ -285,6 +288,9 @@ pub(crate) fn classify(code: u32, domain: u32, message: &str) -> ErrorKind {
     }
     if says("active block job") && !says("does not have an active block job") {
         return ErrorKind::BlockJobActive;
+    }
+    if says("cannot migrate domain") || says("Migration is disabled") {
+        return ErrorKind::NotMigratable;
     }
     match code {
         sys::VIR_ERR_NO_DOMAIN => ErrorKind::NotFound(What::Domain),

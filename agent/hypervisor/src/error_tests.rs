@@ -270,6 +270,13 @@ fn wrong_states_unsupported_calls_and_refused_arguments_are_told_apart() {
         ErrorKind::InvalidState,
     );
     is(
+        55,
+        10,
+        "Requested operation is not valid: cannot migrate domain: Migration is disabled when \
+         using feature 'peer mode' in device 'ivshmem'",
+        ErrorKind::NotMigratable,
+    );
+    is(
         77,
         12,
         "revert requires force: snapshot 's3' lacks domain 'd1' rollback info",

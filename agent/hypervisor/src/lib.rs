@@ -30,6 +30,7 @@ pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};
 pub use definition::{
     BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Nvram,
+    SharedMemory,
 };
 pub use domain::{DomainJob, DomainState, DomainSummary, MemTune, StateReason, VcpuInfo, Xml};
 pub use error::{Error, ErrorKind, What};

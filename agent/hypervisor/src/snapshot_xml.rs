@@ -70,7 +70,13 @@ pub(crate) fn parse(xml: &str) -> Result<SnapshotInfo, Fault> {
     if !root.has_tag_name("domainsnapshot") {
         return Err(Fault::malformed("the document is no <domainsnapshot>"));
     }
-    let Some(name) = child_text(root, "name") else {
+    // Names are kept as they stand: libvirt allows spaces at both ends.
+    let named = |node| {
+        child(node, "name")
+            .and_then(|name| name.text())
+            .map(str::to_owned)
+    };
+    let Some(name) = named(root) else {
         return Err(Fault::malformed("a snapshot without a <name>"));
     };
     let disks = |tag: &str| -> Vec<SnapshotDiskInfo> {
@@ -95,10 +101,8 @@ pub(crate) fn parse(xml: &str) -> Result<SnapshotInfo, Fault> {
     };
     let memory = child(root, "memory");
     Ok(SnapshotInfo {
-        name: name.to_owned(),
-        parent: child(root, "parent")
-            .and_then(|parent| child_text(parent, "name"))
-            .map(str::to_owned),
+        name,
+        parent: child(root, "parent").and_then(named),
         description: child_text(root, "description").map(str::to_owned),
         creation_time: child_text(root, "creationTime")
             .and_then(|text| text.parse().ok())
@@ -163,8 +167,8 @@ mod tests {
 
     #[test]
     fn a_snapshot_tells_parent_disks_and_the_definition_that_a_revert_brings_back() {
-        let xml = "<domainsnapshot><name>b</name><state>disk-snapshot</state>
-          <parent><name>a</name></parent><creationTime>1700000000</creationTime>
+        let xml = "<domainsnapshot><name> b</name><state>disk-snapshot</state>
+          <parent><name>a </name></parent><creationTime>1700000000</creationTime>
           <memory snapshot='no'/><disks><disk name='vda' snapshot='external' type='file'>
           <driver type='qcow2'/><source file='/b'/><snapshotDeleteInProgress/></disk></disks>
           <revertDisks><disk name='vda' snapshot='external' type='file'><source file='/a.17'/></disk></revertDisks>
@@ -172,7 +176,8 @@ mod tests {
           <inactiveDomain type='qemu'><name>d</name><devices><disk type='file'><source file='/a'/><target dev='vda'/></disk></devices></inactiveDomain>
           </domainsnapshot>";
         let snapshot = parse(xml).unwrap();
-        assert_eq!(snapshot.parent.as_deref(), Some("a"));
+        assert_eq!(snapshot.name, " b", "spaces belong to the name");
+        assert_eq!(snapshot.parent.as_deref(), Some("a "));
         assert!(snapshot.disks[0].delete_in_progress);
         assert_eq!(snapshot.revert_disks[0].file.as_deref(), Some("/a.17"));
         let disks = snapshot.definition.unwrap().disks;

@@ -210,6 +210,34 @@ impl Hypervisor {
         .await
     }
 
+    /// The path of a volume, if the pool is there and has it.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn volume_path(&self, pool: &str, volume: &str) -> Result<Option<String>, Error> {
+        let (pool_name, name) = (pool.to_owned(), volume.to_owned());
+        self.read(
+            "look for a volume of",
+            subject(pool),
+            Some(&scope(pool)),
+            move |connection| {
+                let Some(pool) = optional(connection.lookup_storage_pool_by_name(&pool_name))?
+                else {
+                    return Ok(None);
+                };
+                // An inactive pool gives no volumes out.
+                if !pool.is_active()? {
+                    return Ok(None);
+                }
+                match optional(pool.lookup_storage_vol_by_name(&name))? {
+                    Some(volume) => Ok(Some(volume.path()?)),
+                    None => Ok(None),
+                }
+            },
+        )
+        .await
+    }
+
     /// Makes libvirt look at a pool anew: it does not see files that it did not
     /// make as volumes, overlays among them.
     ///

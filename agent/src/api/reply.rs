@@ -10,7 +10,7 @@ use crate::{
     journal::{RunRow, RunStatus, Stamped},
     planning::{
         Done, Facts, Outcome, Plan, Step, Warning,
-        actions::checks,
+        actions::{checks, revert},
         facts::{Consistency, Disk, Health, Kind, Memory, Snapshot, Storage, Vm, VmState},
         outcome::{GuestReport, Verdict},
         plan::FieldChange,
@@ -184,12 +184,9 @@ pub fn snapshot(vm_name: &str, snapshot: &Snapshot, all: &[Snapshot]) -> v1::Sna
         ),
     };
     let record = snapshot.record.as_ref();
-    let not_revertible = match (checks::whole(snapshot), record) {
-        (Err(fault), _) => fault.message,
-        (Ok(()), Some(record)) if record.not_revertible => {
-            "it was made with disks left out".to_owned()
-        }
-        _ => String::new(),
+    let not_revertible = match checks::whole(snapshot).and_then(|()| revert::ever(snapshot)) {
+        Err(fault) => fault.message,
+        Ok(()) => String::new(),
     };
     v1::Snapshot {
         vm_name: vm_name.to_owned(),

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use rustix::fs::{StatVfsMountFlags, statfs, statvfs};
+use rustix::fs::{Access, StatVfsMountFlags, access, statfs, statvfs};
 
 use crate::planning::facts::Folder;
 
@@ -42,6 +42,7 @@ pub fn read(path: &str, pool: Option<String>) -> Option<Folder> {
         capacity: space.f_blocks.saturating_mul(space.f_frsize),
         network: NETWORK.contains(&kind),
         writable: !space.f_flag.contains(StatVfsMountFlags::RDONLY),
+        denied: access(path, Access::WRITE_OK).is_err(),
         pool,
     })
 }
@@ -58,7 +59,7 @@ mod tests {
         let folder = read(path.to_str().unwrap(), None).unwrap();
         assert!(folder.names.contains("a.qcow2"));
         assert!(folder.free > 0 && folder.capacity >= folder.free);
-        assert!(folder.writable && !folder.network);
+        assert!(folder.writable && !folder.denied && !folder.network);
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!(read(path.to_str().unwrap(), None), None);
     }

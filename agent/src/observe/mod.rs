@@ -4,6 +4,7 @@
 //! says why, and is never guessed.
 
 mod folders;
+mod identity;
 mod snapshots;
 mod users;
 mod vm;
@@ -22,7 +23,8 @@ use crate::{
     planning::{
         Fault, Reason, Request,
         facts::{
-            Facts, Folder, Host, Orphan, Pool, Snapshot, Storage, Vm, VmState, Volume, folder_of,
+            Facts, Folder, Host, Memory, Orphan, Pool, Snapshot, Storage, Vm, VmState, Volume,
+            folder_of,
         },
         names,
         request::{Action, IfExists, Orphans},
@@ -158,13 +160,14 @@ impl Observer {
         let vm = self.named_vm(&request.vm).await?;
         let now = Timestamp::now();
         let snapshots = self.snapshots(&vm).await?;
-        let storage = self.storage(&request.pool).await?;
+        let mut storage = self.storage(&request.pool).await?;
+        let folders = self.folders(&vm, &snapshots, &storage).await;
         let users = if needs_users(&request.action) {
-            Some(self.users().await?)
+            let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
+            Some(self.users_of_files(looked_up).await?)
         } else {
             None
         };
-        let mut storage = storage;
         if let Some(users) = &users {
             for volume in &mut storage.volumes {
                 let names: BTreeSet<String> = users
@@ -176,7 +179,6 @@ impl Observer {
                 volume.used_by = names.into_iter().collect();
             }
         }
-        let folders = self.folders(&vm, &snapshots, &storage).await;
         let mut facts = Facts {
             now,
             host,
@@ -290,8 +292,9 @@ impl Observer {
             )
             .with("pool", pool));
         }
+        let paths = storage.volumes.iter().map(|volume| volume.path.clone());
         let users = self
-            .users()
+            .users_of_files(paths.collect())
             .await?
             .into_iter()
             .map(|(path, users)| {
@@ -323,9 +326,7 @@ impl Observer {
         }
         for snapshot in snapshots {
             snapshot.media.iter().for_each(|(_, path)| add(path));
-            for disk in &snapshot.disks {
-                disk.data.iter().for_each(|path| add(path));
-            }
+            files_of(snapshot).for_each(|path| add(path));
         }
         for volume in &storage.volumes {
             add(&volume.path);
@@ -488,6 +489,49 @@ impl Observer {
             .with("path", file)
         })
     }
+}
+
+/// Files in which something of a snapshot lies.
+fn files_of(snapshot: &Snapshot) -> impl Iterator<Item = &str> {
+    let memory = match &snapshot.memory {
+        Memory::External(file) => Some(file),
+        _ => None,
+    };
+    let record = snapshot.record.as_ref();
+    snapshot
+        .disks
+        .iter()
+        .flat_map(|disk| [disk.data.as_ref(), disk.overlay.as_ref()])
+        .flatten()
+        .chain(memory)
+        .chain(record.and_then(|record| record.nvram_copy.as_ref()))
+        .map(String::as_str)
+}
+
+/// Paths whose users a plan may ask for.
+fn looked_up(
+    action: &Action,
+    vm: &Vm,
+    snapshots: &[Snapshot],
+    storage: &Storage,
+    folders: &BTreeMap<String, Folder>,
+) -> Vec<String> {
+    let mut paths: Vec<String> = storage
+        .volumes
+        .iter()
+        .map(|volume| volume.path.clone())
+        .collect();
+    for disk in &vm.disks {
+        paths.push(disk.path.clone());
+        paths.extend(disk.chain.iter().map(|image| image.path.clone()));
+    }
+    paths.extend(snapshots.iter().flat_map(files_of).map(str::to_owned));
+    if matches!(action, Action::Cleanup(cleanup) if cleanup.orphans != Orphans::Ignore) {
+        for (folder, seen) in folders {
+            paths.extend(seen.names.iter().map(|name| format!("{folder}/{name}")));
+        }
+    }
+    paths
 }
 
 /// Whether a plan of this action may write or delete files that others use.

@@ -65,7 +65,7 @@ impl Observer {
             .into_iter()
             .collect();
         let ours = self.journal.noted_files().await?;
-        let files = self.look(vm, &listed).await;
+        let files = self.look(vm, &listed, &records).await;
         let mut all: Vec<Snapshot> = listed
             .iter()
             .map(|info| fact(info, records.get(&info.name)))
@@ -106,17 +106,26 @@ impl Observer {
         for (snapshot, health) in all.iter_mut().zip(healths) {
             snapshot.health = health;
             snapshot.size = files.size_of(snapshot);
+            snapshot.mistaken_for = files.mistaken_for(snapshot);
         }
         Ok(all)
     }
 
     /// Looks at the files that the snapshots need.
-    async fn look(&self, vm: &Vm, listed: &[SnapshotInfo]) -> Looked {
+    async fn look(
+        &self,
+        vm: &Vm,
+        listed: &[SnapshotInfo],
+        records: &BTreeMap<String, SnapshotRecord>,
+    ) -> Looked {
         let mut looked = Looked::default();
         for image in vm.disks.iter().flat_map(|disk| &disk.chain) {
             looked
                 .images
                 .insert(image.path.clone(), image.internal.clone());
+            looked
+                .numbers
+                .insert(image.path.clone(), image.numbers.clone());
             looked.sizes.insert(image.path.clone(), image.actual_size);
         }
         let mut paths: BTreeSet<String> = BTreeSet::new();
@@ -131,6 +140,11 @@ impl Observer {
                 paths.insert(file.clone());
             }
         }
+        paths.extend(
+            records
+                .values()
+                .filter_map(|record| record.nvram_copy.clone()),
+        );
         for path in paths {
             if looked.images.contains_key(&path) || !path.starts_with('/') {
                 continue;
@@ -148,7 +162,12 @@ impl Observer {
                             .any(|disk| disk.mode == SnapshotMode::Internal)
                     });
                     if internal && let Ok(image) = image::info(path.as_ref()).await {
-                        let names = image.snapshots.into_iter().map(|one| one.name).collect();
+                        let (numbers, names) = image
+                            .snapshots
+                            .into_iter()
+                            .map(|one| (one.id, one.name))
+                            .unzip();
+                        looked.numbers.insert(path.clone(), numbers);
                         looked.images.insert(path, names);
                     }
                 }
@@ -198,6 +217,7 @@ impl Observer {
 #[derive(Debug, Default)]
 struct Looked {
     images: BTreeMap<String, Vec<String>>,
+    numbers: BTreeMap<String, Vec<String>>,
     sizes: BTreeMap<String, u64>,
     missing: BTreeSet<String>,
     below: BTreeMap<String, Vec<String>>,
@@ -205,6 +225,22 @@ struct Looked {
 }
 
 impl Looked {
+    /// Another internal snapshot, in an image of this one, whose number is this
+    /// one's name.
+    fn mistaken_for(&self, snapshot: &Snapshot) -> Option<String> {
+        snapshot
+            .disks
+            .iter()
+            .filter(|disk| disk.kind == Some(Kind::Internal))
+            .filter_map(|disk| disk.data.as_ref())
+            .filter_map(|path| Some((self.numbers.get(path)?, self.images.get(path)?)))
+            .find_map(|(numbers, names)| {
+                let at = numbers.iter().position(|number| *number == snapshot.name)?;
+                names.get(at).filter(|name| **name != snapshot.name)
+            })
+            .cloned()
+    }
+
     fn size_of(&self, snapshot: &Snapshot) -> u64 {
         let memory = match &snapshot.memory {
             Memory::External(file) => Some(file),
@@ -306,9 +342,10 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
         media: definition
             .into_iter()
             .flat_map(|definition| &definition.disks)
-            .filter(|disk| matches!(&*disk.device, "cdrom" | "floppy"))
+            .filter(|disk| disk.only_read())
             .filter_map(|disk| Some((disk.target.clone(), disk.path.clone()?)))
             .collect(),
+        mistaken_for: None,
         guard: None,
     }
 }

@@ -4,10 +4,12 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use vmsnap_hypervisor::{DomainDefinition, DomainSummary, SnapshotMemoryInfo, Xml, image};
+use vmsnap_hypervisor::{
+    DiskSource, DomainDefinition, DomainSummary, SnapshotMemoryInfo, Xml, image,
+};
 
-use super::Observer;
-use crate::planning::{Fault, facts::FileUser};
+use super::{Observer, identity};
+use crate::planning::{Fault, Reason, facts::FileUser};
 
 type Users = BTreeMap<String, Vec<FileUser>>;
 
@@ -33,6 +35,25 @@ impl Observer {
             }
         }
         Ok(users)
+    }
+
+    /// All files that any VM refers to; those of `paths` also where a VM knows
+    /// them by another path.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn users_of_files(&self, paths: Vec<String>) -> Result<Users, Fault> {
+        let mut users = self.users().await?;
+        let united = tokio::task::spawn_blocking(move || {
+            identity::unite(&mut users, paths);
+            users
+        });
+        united.await.map_err(|error| {
+            Fault::new(
+                Reason::Internal,
+                format!("files could not be compared: {error}"),
+            )
+        })
     }
 
     /// Adds what one VM refers to.
@@ -92,8 +113,14 @@ impl Observer {
 
     async fn definition(&self, definition: &DomainDefinition, user: &FileUser, users: &mut Users) {
         for disk in &definition.disks {
-            if let Some(path) = &disk.path {
-                self.chain(path, user, users).await;
+            match (&disk.path, disk.source) {
+                (Some(volume), DiskSource::Volume) => {
+                    if let Some(path) = self.volume(volume).await {
+                        self.chain(&path, user, users).await;
+                    }
+                }
+                (Some(path), _) => self.chain(path, user, users).await,
+                (None, _) => {}
             }
             for image in &disk.backing {
                 add(users, &image.path, user);
@@ -112,6 +139,17 @@ impl Observer {
         {
             add(users, path, user);
         }
+    }
+
+    /// The path of what a definition names as `pool/volume`. A pool that is not
+    /// active tells none, but where it lies.
+    async fn volume(&self, named: &str) -> Option<String> {
+        let (pool, volume) = named.rsplit_once('/')?;
+        if let Ok(Some(path)) = self.hypervisor.volume_path(pool, volume).await {
+            return Some(path);
+        }
+        let folder = self.hypervisor.pool(pool).await.ok()??.path?;
+        Some(format!("{folder}/{volume}"))
     }
 
     /// A file and all that it stands on. A chain that was walked for this user

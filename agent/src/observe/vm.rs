@@ -172,16 +172,18 @@ impl Observer {
 }
 
 fn image_fact(image: image::ImageInfo) -> Image {
+    let (numbers, internal) = image
+        .snapshots
+        .into_iter()
+        .map(|snapshot| (snapshot.id, snapshot.name))
+        .unzip();
     Image {
         path: image.path,
         format: image.format,
         virtual_size: image.virtual_size,
         actual_size: image.actual_size,
-        internal: image
-            .snapshots
-            .into_iter()
-            .map(|snapshot| snapshot.name)
-            .collect(),
+        internal,
+        numbers,
         compat: image.compat.unwrap_or_default(),
     }
 }
@@ -198,13 +200,15 @@ fn firmware(definition: &DomainDefinition) -> Firmware {
     }
 }
 
-/// Disks whose next start would use another image than the one in use.
+/// Disks whose next start would use another image than the one in use. A medium
+/// may be changed for this run of the VM only.
 fn differing(
     live: &DomainDefinition,
     inactive: &DomainDefinition,
 ) -> Vec<(String, String, String)> {
     live.disks
         .iter()
+        .filter(|disk| !disk.only_read())
         .filter_map(|disk| {
             let used = disk.path.as_ref()?;
             let defined = inactive

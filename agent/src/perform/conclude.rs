@@ -2,7 +2,11 @@
 
 use super::Performer;
 use crate::planning::{
-    Done, Fault, Outcome, Plan, Step, facts::Consistency, outcome::GuestReport, request::Action,
+    Done, Fault, Outcome, Plan, Step,
+    facts::{Consistency, Vm},
+    outcome::GuestReport,
+    plan::FieldChange,
+    request::Action,
 };
 
 impl Performer {
@@ -31,15 +35,36 @@ impl Performer {
             diff: plan.diff.clone(),
             vm_state: Some(facts.vm.state),
             safety_snapshot: plan.safety_snapshot.clone(),
-            vm: Some(facts.vm),
+            vm: Some(facts.vm.clone()),
             snapshots: facts.snapshots,
             storage: Some(facts.storage),
             ..Outcome::default()
         };
         // A revert always changes something, whatever its plan looks like.
         outcome.changed |= matches!(plan.request.action, Action::Revert(_));
+        if matches!(plan.request.action, Action::Revert(_)) {
+            self.sizes_taken_back(&facts.vm, &mut outcome);
+        }
         let late = self.gather(plan, done, &mut outcome);
         (Some(outcome), late)
+    }
+
+    /// A revert brings back the sizes that disks had then; of internal snapshots
+    /// nobody knows them beforehand.
+    fn sizes_taken_back(&self, now: &Vm, outcome: &mut Outcome) {
+        let before = self.facts.iter().flat_map(|facts| &facts.vm.disks);
+        for disk in before {
+            let after = now.disks.iter().find(|after| after.target == disk.target);
+            if let Some(after) = after.filter(|after| {
+                ![0, disk.virtual_size].contains(&after.virtual_size) && disk.virtual_size > 0
+            }) {
+                outcome.diff.push(FieldChange {
+                    field: format!("disk.{}.virtual_size", disk.target),
+                    before: Some(disk.virtual_size.to_string()),
+                    after: Some(after.virtual_size.to_string()),
+                });
+            }
+        }
     }
 
     /// Adds what the steps achieved.

@@ -355,7 +355,8 @@ impl Performer {
         let mut kept: Vec<&String> = Vec::new();
         let mut removed = Vec::new();
         if !there.is_empty() {
-            let users = self.observer.users().await?;
+            let asked = there.iter().map(|path| (*path).clone()).collect();
+            let users = self.observer.users_of_files(asked).await?;
             for path in there {
                 if users.get(path).is_some_and(|users| !users.is_empty()) {
                     kept.push(path);

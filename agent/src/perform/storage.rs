@@ -77,7 +77,7 @@ impl Performer {
     }
 
     async fn nobody_uses(&self, path: &str) -> Result<(), Fault> {
-        let users = self.observer.users().await?;
+        let users = self.observer.users_of_files(vec![path.to_owned()]).await?;
         match users.get(path).filter(|users| !users.is_empty()) {
             None => Ok(()),
             Some(users) => {

@@ -234,7 +234,13 @@ impl Disk {
     /// Whether the guest can change it, so that a snapshot has to cover it.
     #[must_use]
     pub fn writable(&self) -> bool {
-        !self.readonly && self.source != Source::Empty && matches!(&*self.device, "disk" | "lun")
+        !self.only_read() && self.source != Source::Empty
+    }
+
+    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    #[must_use]
+    pub fn only_read(&self) -> bool {
+        self.readonly || !matches!(&*self.device, "disk" | "lun")
     }
 }
 
@@ -251,6 +257,9 @@ pub struct Image {
     pub actual_size: u64,
     /// Internal snapshots in it.
     pub internal: Vec<String>,
+    /// Their numbers, in the same order.
+    #[serde(default)]
+    pub numbers: Vec<String>,
     /// qcow2 compatibility level, such as `1.1`.
     pub compat: String,
 }
@@ -437,8 +446,12 @@ pub struct Snapshot {
     pub vm_memory: u64,
     /// vCPUs of the VM in it.
     pub vm_vcpus: u32,
-    /// Drives with media in it: target and path.
+    /// Drives with media and read-only disks in it: target and path.
     pub media: Vec<(String, String)>,
+    /// Another internal snapshot in the same image whose number is this one's
+    /// name: QEMU looks for a number first, and would go back to that one.
+    #[serde(default)]
+    pub mistaken_for: Option<String>,
     /// Until when a guarded change on it must be confirmed.
     pub guard: Option<Timestamp>,
 }
@@ -515,8 +528,12 @@ pub struct Folder {
     pub capacity: u64,
     /// On a network file system.
     pub network: bool,
-    /// New files can be made in it.
+    /// Not mounted read-only.
     pub writable: bool,
+    /// The agent itself may not make files in it. libvirt makes overlays, so for
+    /// a new snapshot, which fails without harm, that says nothing certain; a
+    /// revert that fails has already stopped the guest.
+    pub denied: bool,
     /// The active pool that lies there.
     pub pool: Option<String>,
 }

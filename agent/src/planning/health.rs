@@ -83,6 +83,19 @@ pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'
     {
         return Health::DataMissing(format!("the memory file '{file}' is missing"));
     }
+    // With memory, QEMU brings the variables back itself.
+    if let (Memory::None, Some(copy)) = (
+        &snapshot.memory,
+        snapshot
+            .record
+            .as_ref()
+            .and_then(|record| record.nvram_copy.as_deref()),
+    ) && files.missing.contains(copy)
+    {
+        return Health::DataMissing(format!(
+            "'{copy}', the copy of the UEFI variables, is missing"
+        ));
+    }
     Health::Whole
 }
 
@@ -97,6 +110,10 @@ fn written_below(
     files: &Files<'_>,
 ) -> Option<String> {
     let disk = disks.iter().find(|disk| disk.target == target)?;
+    if disk.only_read() {
+        // A medium that was put back is not written.
+        return None;
+    }
     let in_chain = disk.chain.iter().position(|image| image.path == data);
     let below: Vec<&str> = match in_chain {
         Some(at) => disk.chain[at + 1..]

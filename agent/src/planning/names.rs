@@ -44,6 +44,32 @@ pub fn check_new_snapshot_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether QEMU takes a name of an internal snapshot for the number of one: it
+/// looks for a number first, so a revert to the snapshot `1` goes to whatever
+/// snapshot is the image's first, and says that all went well.
+#[must_use]
+pub fn is_number(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// Whether QEMU accepts a name as part of the id of a job, as deleting an
+/// internal snapshot of a running VM needs it.
+#[must_use]
+pub fn is_job_id(name: &str) -> bool {
+    name.chars()
+        .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
+}
+
+/// The name that libvirt makes up for a new overlay on `path`, without its own
+/// ending: everything after the last dot of the file's name is replaced.
+#[must_use]
+pub fn overlay_stem(path: &str) -> &str {
+    match path.rfind(['.', '/']) {
+        Some(at) if path.as_bytes()[at] == b'.' => &path[..at],
+        _ => path,
+    }
+}
+
 /// Checks a name that refers to something that exists: a VM, a snapshot that
 /// somebody else may have made, a pool, a disk.
 ///
@@ -128,6 +154,24 @@ mod tests {
         assert_eq!(nearest("befor-upgrade", names), Some("before-upgrade"));
         assert_eq!(nearest("claen", names), Some("clean"));
         assert_eq!(nearest("zzzzzzzz", names), None);
+    }
+
+    #[test]
+    fn names_that_qemu_or_libvirt_take_for_something_else_are_told() {
+        assert!(is_number("1") && is_number("20260101"));
+        assert!(!is_number("") && !is_number("1a") && !is_number("-1"));
+        assert!(is_job_id("v1.2_3-x"));
+        for odd in ["a b", "a:b", "a,b", "it's", "ü"] {
+            assert!(!is_job_id(odd), "{odd}");
+        }
+        for (path, stem) in [
+            ("/i/web1.qcow2", "/i/web1"),
+            ("/i/web1.a,b", "/i/web1"),
+            ("/i.d/web1", "/i.d/web1"),
+            ("/i/a,b.qcow2", "/i/a,b"),
+        ] {
+            assert_eq!(overlay_stem(path), stem);
+        }
     }
 
     #[test]

@@ -171,7 +171,7 @@ fn the_case(id: &str) -> Case {
         ),
         "FOREIGN_NAME" => case(
             with_internal(running(), "a b"),
-            Some(cleanup("a b")),
+            None,
             vec![|facts| facts.vm.state = VmState::Stopped, |facts| {
                 facts.host.qemu = 5_002_000
             }],

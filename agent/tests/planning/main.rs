@@ -34,6 +34,7 @@ fn image(path: &str) -> Image {
         virtual_size: 64 << 20,
         actual_size: 1 << 20,
         internal: Vec::new(),
+        numbers: Vec::new(),
         compat: "1.1".into(),
     }
 }
@@ -94,6 +95,7 @@ fn quiet() -> Facts {
                 capacity: 20 << 30,
                 network: false,
                 writable: true,
+                denied: false,
                 pool: Some("default".into()),
             },
         )]),
@@ -150,6 +152,7 @@ fn snapshot(name: &str, parent: Option<&str>, kind: Kind, data: &str) -> Snapsho
         vm_memory: 128 << 20,
         vm_vcpus: 1,
         media: Vec::new(),
+        mistaken_for: None,
         guard: None,
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::planning::{
     facts::{Facts, Health, Snapshot, VmState},
-    names,
+    files, names,
     plan::Draft,
     reason::{Fault, Reason},
     request::{Request, WaitFor},
@@ -251,6 +251,23 @@ pub fn wait_for(what: WaitFor, timeout: Duration, draft: &mut Draft) {
 #[must_use]
 pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Why libvirt could not put an overlay beside a file that the guest only
+/// reads, as a revert does.
+#[must_use]
+pub fn no_overlay_on(facts: &Facts, path: &str) -> Option<&'static str> {
+    let folder = facts.folders.get(crate::planning::facts::folder_of(path));
+    match folder {
+        None => Some("its folder cannot be read"),
+        Some(_) if files::exists(facts, path) != Some(true) => Some("it is not there"),
+        Some(folder) if !folder.writable => Some("its folder is read-only"),
+        Some(folder) if folder.denied => Some("no file may be made in its folder"),
+        Some(_) if names::overlay_stem(path).contains(',') => {
+            Some("its path has a comma, which libvirt writes twice there")
+        }
+        Some(_) => None,
+    }
 }
 
 /// Refuses to write or delete files that other VMs refer to.

@@ -196,6 +196,17 @@ fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
         match cleanup.orphans {
             Orphans::Ignore => {}
             Orphans::Delete if orphan.ours => {
+                // Another host's VM may stand on what lies on a network file system.
+                if let Err(fault) = checks::not_shared(facts, [orphan.path.as_str()]) {
+                    draft.verdicts.push(verdict(
+                        &orphan.path,
+                        "file",
+                        false,
+                        &fault.message,
+                        orphan.size,
+                    ));
+                    continue;
+                }
                 draft.push(Step::DeleteFile {
                     path: orphan.path.clone(),
                     size: orphan.size,

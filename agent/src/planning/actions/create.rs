@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::planning::{
     actions::{checks, delete, kind},
-    facts::{Consistency, Facts, Kind, Memory, Source, VmState},
-    files::{Files, OVERLAY_BYTES},
+    facts::{Consistency, Disk, Facts, Firmware, Kind, Memory, Source, VmState},
+    files::{self, Files, OVERLAY_BYTES},
     plan::Draft,
     reason::{Fault, Reason},
     request::{Create, IfExists, Request, WaitFor},
@@ -73,6 +73,17 @@ pub fn draft(request: &Request, create: &Create, facts: &Facts) -> Result<Draft,
         }
     }
     checks::changeable(facts)?;
+    if !facts.vm.persistent {
+        draft.warn(
+            "TRANSIENT_VM",
+            format!(
+                "VM '{}' is not defined: when it stops, libvirt forgets its snapshots, and their \
+                 files stay",
+                facts.vm.name
+            ),
+            "define the VM first, from 'virsh dumpxml'",
+        );
+    }
     let state = checks::start_first(request, facts, &mut draft)?;
     let started = state != facts.vm.state;
     snapshot(&create, state, started, false, facts, &mut draft)?;
@@ -125,14 +136,37 @@ fn existing(create: &Create, facts: &Facts, mut draft: Draft) -> Result<Draft, F
     if create.memory && found.memory == Memory::None {
         return conflict("it holds no memory and memory is asked for".into());
     }
-    if let (Some(asked), Some(record)) = (create.consistency, &found.record)
-        && rank(record.consistency) > rank(asked)
-    {
-        return conflict(format!(
-            "its consistency is {} and {} is asked for",
-            record.consistency.name(),
-            asked.name()
-        ));
+    // Of a foreign one that holds memory or was made of a stopped VM, that is known
+    // to be at least as good as anything; of others nothing is.
+    let known = match &found.record {
+        Some(record) => Some(record.consistency),
+        None if found.memory != Memory::None => Some(Consistency::Memory),
+        None if found.state == VmState::Stopped => Some(Consistency::Stopped),
+        None => None,
+    };
+    match (create.consistency, known) {
+        (Some(asked), Some(known)) if rank(known) > rank(asked) => {
+            return conflict(format!(
+                "its consistency is {} and {} is asked for",
+                known.name(),
+                asked.name()
+            ));
+        }
+        (Some(asked), None) if asked != Consistency::Crash => {
+            return conflict(format!(
+                "this agent did not make it, so that its consistency is not known, and {} is asked \
+                 for",
+                asked.name()
+            ));
+        }
+        _ => {}
+    }
+    let record = found.record.as_ref();
+    if create.exclude_disks.is_empty() && record.is_some_and(|record| record.not_revertible) {
+        return conflict("it leaves disks out, so that it cannot be reverted to".into());
+    }
+    if create.protected && !record.is_some_and(|record| record.protected) {
+        return conflict("it is not protected and protected is asked for".into());
     }
     draft.warn(
         "SNAPSHOT_EXISTS",
@@ -176,6 +210,9 @@ pub fn snapshot(
         }
     }
     let kind = kind::choose(create.kind, state, &create.exclude_disks, facts, draft)?;
+    if kind == Kind::Internal {
+        kind::internal_name(&create.name)?;
+    }
     let way = consistency(create, kind, state, started, facts, draft)?;
     if kind == Kind::External {
         media_covered(create, facts)?;
@@ -186,12 +223,19 @@ pub fn snapshot(
     let mut anchor = None;
     for disk in &facts.vm.disks {
         let excluded = create.exclude_disks.contains(&disk.target);
-        let mode = if !disk.writable() || excluded {
+        let subject = format!("{} {}", drive_or_disk(disk), disk.target);
+        let mode = if let Some(why) = left_out(disk, excluded, kind) {
+            draft.decide(subject, "left out", why);
             NewDisk::Leave
         } else if kind == Kind::Internal {
             if anchor.is_none() {
                 anchor = Some(disk.path.clone());
             }
+            draft.decide(
+                subject,
+                format!("inside '{}'", disk.path),
+                "it is writable and qcow2",
+            );
             NewDisk::Internal
         } else {
             if anchor.is_none() {
@@ -204,6 +248,11 @@ pub fn snapshot(
                 "qcow2",
                 OVERLAY_BYTES,
             )?;
+            draft.decide(
+                subject,
+                format!("overlay '{path}'"),
+                "it is writable, and the name is free",
+            );
             draft.change(
                 format!("disk.{}", disk.target),
                 Some(disk.path.clone()),
@@ -231,26 +280,19 @@ pub fn snapshot(
             );
             NewMemory::Internal
         }
-        (_, true) => NewMemory::File(files.beside(
-            &anchor,
-            "",
-            &create.name,
-            "mem",
-            facts.vm.memory.saturating_add(DEVICE_STATE_BYTES),
-        )?),
-    };
-    let nvram = match (&facts.vm.firmware.nvram, kind) {
-        (Some(from), Kind::External) => {
-            let to = files.beside(from, "", &create.name, "nvram", OVERLAY_BYTES)?;
-            draft.decide(
-                "uefi variables",
-                "copied",
-                "an external snapshot does not cover them",
-            );
-            Some((from.clone(), to))
+        (_, true) => {
+            let path = files.beside(
+                &anchor,
+                "",
+                &create.name,
+                "mem",
+                facts.vm.memory.saturating_add(DEVICE_STATE_BYTES),
+            )?;
+            draft.decide("memory", format!("file '{path}'"), "the name is free");
+            NewMemory::File(path)
         }
-        _ => None,
     };
+    let nvram = variables(&create.name, kind, facts, &mut files, draft)?;
     files.check_space()?;
     if let Some(max_stop) = create.max_stop {
         let stop = Duration::from_millis(way.stop_ms(facts));
@@ -322,6 +364,73 @@ pub fn snapshot(
         );
     }
     Ok(())
+}
+
+/// Why a snapshot leaves a disk or drive out, if it does.
+fn left_out(disk: &Disk, excluded: bool, kind: Kind) -> Option<&'static str> {
+    if excluded {
+        Some("exclude_disks names it")
+    } else if disk.source == Source::Empty {
+        Some("nothing is in it")
+    } else if !disk.writable() && kind == Kind::External {
+        Some("the guest only reads it; a revert puts an overlay on it, in its own folder")
+    } else if !disk.writable() {
+        Some("the guest only reads it")
+    } else {
+        None
+    }
+}
+
+fn drive_or_disk(disk: &Disk) -> &'static str {
+    match &*disk.device {
+        "cdrom" | "floppy" => "drive",
+        _ => "disk",
+    }
+}
+
+/// Where the UEFI variables are copied from and to, if libvirt does not keep
+/// them: it never does in an external snapshot, and in an internal one only when
+/// their file is qcow2 (of a running VM it refuses another, of a stopped one it
+/// says nothing).
+fn variables(
+    snapshot: &str,
+    kind: Kind,
+    facts: &Facts,
+    files: &mut Files<'_>,
+    draft: &mut Draft,
+) -> Result<Option<(String, String)>, Fault> {
+    const SUBJECT: &str = "uefi variables";
+    let Firmware {
+        nvram: Some(from),
+        nvram_format,
+        ..
+    } = &facts.vm.firmware
+    else {
+        return Ok(None);
+    };
+    if kind == Kind::Internal && nvram_format == "qcow2" {
+        draft.decide(SUBJECT, format!("inside '{from}'"), "they are in qcow2");
+        return Ok(None);
+    }
+    if files::exists(facts, from) == Some(false) {
+        draft.decide(
+            SUBJECT,
+            "nothing to copy",
+            "the VM never ran: its first start makes them",
+        );
+        return Ok(None);
+    }
+    let to = files.beside(from, "", snapshot, "nvram", OVERLAY_BYTES)?;
+    draft.decide(
+        SUBJECT,
+        format!("copied to '{to}'"),
+        if kind == Kind::External {
+            "an external snapshot does not cover them"
+        } else {
+            "an internal snapshot covers them only in qcow2"
+        },
+    );
+    Ok(Some((from.clone(), to)))
 }
 
 /// How the guest is kept still for the call, and what that achieves.
@@ -580,33 +689,37 @@ fn with_memory(
     })
 }
 
-/// libvirt's revert puts an overlay on drives with media too: in the medium's
-/// own folder, which has to be there and writable then.
+/// libvirt's revert puts an overlay on what the guest only reads too: in its own
+/// folder, which has to be there and writable then.
 fn media_covered(create: &Create, facts: &Facts) -> Result<(), Fault> {
+    if create.accept_no_revert {
+        return Ok(());
+    }
     for disk in facts
         .vm
         .disks
         .iter()
-        .filter(|disk| !matches!(&*disk.device, "disk" | "lun") && disk.source != Source::Empty)
+        .filter(|disk| disk.only_read() && disk.source != Source::Empty)
     {
-        let folder = facts
-            .folders
-            .get(crate::planning::facts::folder_of(&disk.path));
-        let problem = match folder {
-            _ if disk.source != Source::File => Some("it is not a file"),
-            None => Some("its folder cannot be read"),
-            Some(folder) if !folder.writable => Some("its folder is read-only"),
-            Some(_) => None,
+        let problem = if disk.source == Source::File {
+            checks::no_overlay_on(facts, &disk.path)
+        } else {
+            Some("it is not a file")
         };
-        if let Some(problem) = problem
-            && !create.accept_no_revert
-        {
+        if let Some(problem) = problem {
+            let help = match drive_or_disk(disk) {
+                "drive" => "eject it first",
+                _ => "detach it first",
+            };
             return Err(Fault::new(
                 Reason::MediaNotCovered,
                 format!(
-                    "drive {} of VM '{}' has the medium '{}', on which a revert must put an \
-                     overlay, but {problem}; eject it first, or set accept_no_revert",
-                    disk.target, facts.vm.name, disk.path
+                    "{} {} of VM '{}' holds '{}', on which a revert must put an overlay, but \
+                     {problem}; {help}, or set accept_no_revert",
+                    drive_or_disk(disk),
+                    disk.target,
+                    facts.vm.name,
+                    disk.path
                 ),
             )
             .with("disk", &disk.target)

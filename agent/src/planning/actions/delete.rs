@@ -7,9 +7,12 @@
 //! Invariants: no file that another VM's chain uses is written or removed;
 //! nothing is drafted that this libvirt cannot do or that crashes it.
 
+use std::collections::BTreeMap;
+
 use crate::planning::{
     actions::checks,
-    facts::{Facts, Health, Kind, Memory, Snapshot, VmState, file_name, folder_of},
+    facts::{Facts, Health, Kind, Memory, Snapshot, VmState, folder_of},
+    names,
     outcome::Verdict,
     plan::Draft,
     reason::{Fault, Reason},
@@ -199,9 +202,12 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
     if !metadata_only && external {
         files.extend(left_behind(snapshot, &children, facts));
         mergeable(snapshot, &children, facts)?;
+        // What the snapshot left out, such as a medium that others read too, is
+        // not written.
         let written = snapshot
             .disks
             .iter()
+            .filter(|disk| disk.kind.is_some())
             .filter_map(|disk| disk.data.as_deref());
         checks::not_shared(
             facts,
@@ -218,6 +224,7 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
             snapshot
                 .disks
                 .iter()
+                .filter(|disk| disk.kind.is_some())
                 .filter_map(|disk| disk.data.as_deref()),
         )?;
     }
@@ -365,6 +372,7 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
             ),
         ));
     }
+    media_merge(snapshot, facts)?;
     if let Some(internal) = inner_internal(snapshot, facts) {
         return Err(Fault::new(
             Reason::KindsMixed,
@@ -402,6 +410,38 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
     Ok(())
 }
 
+/// After a revert a drive runs on an overlay of its medium, which libvirt merges
+/// when the snapshot is deleted: it has to be in the drive still.
+fn media_merge(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if !tree::is_on_active_path(facts, &snapshot.name) {
+        return Ok(());
+    }
+    for disk in snapshot.disks.iter().filter(|disk| disk.kind.is_some()) {
+        let drive = facts
+            .vm
+            .disks
+            .iter()
+            .find(|drive| drive.target == disk.target && drive.only_read());
+        if let (Some(drive), Some(data)) = (drive, &disk.data)
+            && !drive.chain.iter().skip(1).any(|image| image.path == *data)
+        {
+            return Err(Fault::new(
+                Reason::MediaNotCovered,
+                format!(
+                    "since the revert to snapshot '{}' the medium '{data}' was taken out of drive \
+                     {}, or changed, and libvirt then cannot delete the snapshot; revert to it \
+                     once more, and delete it before the medium is changed",
+                    snapshot.name, disk.target
+                ),
+            )
+            .with("snapshot", &snapshot.name)
+            .with("disk", &disk.target)
+            .with("medium", data));
+        }
+    }
+    Ok(())
+}
+
 /// An internal snapshot that lies in an overlay of an external one.
 fn inner_internal<'a>(snapshot: &Snapshot, facts: &'a Facts) -> Option<&'a str> {
     facts
@@ -423,6 +463,20 @@ fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
     if facts.vm.state == VmState::Stopped {
         return Ok(());
     }
+    if !names::is_job_id(&snapshot.name) {
+        return Err(Fault::new(
+            Reason::DomainState,
+            format!(
+                "internal snapshot '{}' can be deleted only while VM '{}' is off: QEMU makes its \
+                 name part of a job's id, in which only letters, digits, '-', '.' and '_' are \
+                 allowed",
+                snapshot.name.escape_debug(),
+                facts.vm.name
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("state", facts.vm.state.name()));
+    }
     for disk in &snapshot.disks {
         let active = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
         if let (Some(data), Some(active)) = (&disk.data, active)
@@ -442,8 +496,9 @@ fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
 }
 
 /// A merge makes the lower image grow by what the overlay holds, at most to its
-/// virtual size.
+/// virtual size. The overlays of all disks are merged before the first is removed.
 fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    let mut needs: BTreeMap<&str, (u64, &str)> = BTreeMap::new();
     for disk in &snapshot.disks {
         let Some(vm) = facts.vm.disks.iter().find(|vm| vm.target == disk.target) else {
             continue;
@@ -462,17 +517,18 @@ fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
             .virtual_size
             .max(above.virtual_size)
             .saturating_sub(lower.actual_size);
-        let need = above.actual_size.min(room);
-        if let Some(folder) = facts.folders.get(folder_of(data))
+        let (need, image) = needs.entry(folder_of(data)).or_insert((0, data));
+        *need = need.saturating_add(above.actual_size.min(room));
+        *image = data;
+    }
+    for (path, (need, image)) in needs {
+        if let Some(folder) = facts.folders.get(path)
             && folder.free < need
         {
-            return Err(crate::planning::files::no_space(
-                facts,
-                folder_of(data),
-                need,
-                folder.free,
-            )
-            .with("image", file_name(data)));
+            return Err(
+                crate::planning::files::no_space(facts, path, need, folder.free)
+                    .with("image", image),
+            );
         }
     }
     Ok(())

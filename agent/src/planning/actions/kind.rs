@@ -7,15 +7,17 @@
 //! | the one | the other | any | refused: kinds are never mixed |
 //! | both | any | any | refused: they are mixed already |
 //! | none | auto | any | external where this libvirt reverts and deletes it, else internal |
-//! | none | internal | any | internal if every writable disk is qcow2 |
+//! | none | internal | any | internal if every writable disk is qcow2 and none is left out |
 //! | none | external | any | external if this libvirt reverts and deletes it |
 //!
 //! Invariant: what this module allows, this host can revert to and delete.
 
 use crate::planning::{
-    facts::{Facts, Firmware, Kind, Source, VmState},
+    facts::{Disk, Facts, Firmware, Kind, Snapshot, Source, VmState},
+    files, names,
     plan::Draft,
     reason::{Fault, Reason},
+    step::Step,
 };
 
 /// Chooses the kind.
@@ -29,9 +31,17 @@ pub fn choose(
     facts: &Facts,
     draft: &mut Draft,
 ) -> Result<Kind, Fault> {
-    let internal = facts.snapshots.iter().find(|s| s.kind == Kind::Internal);
-    let external = facts.snapshots.iter().find(|s| s.kind == Kind::External);
-    let mixed = facts.snapshots.iter().find(|s| s.kind == Kind::Mixed);
+    // What the same plan deletes before, with if_exists replace, mixes with nothing.
+    let replaced = |snapshot: &Snapshot| {
+        draft
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::DeleteSnapshot { name, .. } if *name == snapshot.name))
+    };
+    let left: Vec<&Snapshot> = facts.snapshots.iter().filter(|s| !replaced(s)).collect();
+    let first = |kind: Kind| left.iter().copied().find(|s| s.kind == kind);
+    let (internal, external) = (first(Kind::Internal), first(Kind::External));
+    let mixed = first(Kind::Mixed);
     if mixed.is_some() || (internal.is_some() && external.is_some()) {
         return Err(Fault::new(
             Reason::KindsMixed,
@@ -39,9 +49,7 @@ pub fn choose(
                 "VM '{}' has internal and external snapshots mixed ({}); a new one would make it \
                  worse: remove those of one kind first",
                 facts.vm.name,
-                facts
-                    .snapshots
-                    .iter()
+                left.iter()
                     .map(|s| format!("{}: {}", s.name, s.kind.name()))
                     .collect::<Vec<_>>()
                     .join(", ")
@@ -119,11 +127,16 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
         .filter(|disk| !excluded.contains(&disk.target))
     {
         if disk.source != Source::File {
+            let inside = if facts.writable_disks().all(holds_internal) {
+                "use kind internal, "
+            } else {
+                ""
+            };
             return Err(Fault::new(
                 Reason::DiskUnsupported,
                 format!(
                     "disk {} of VM '{}' lies on {}, and libvirt cannot revert an external snapshot \
-                     of that; move it into a file, or exclude it with accept_no_revert",
+                     of that; {inside}move it into a file, or exclude it with accept_no_revert",
                     disk.target,
                     facts.vm.name,
                     source_name(disk.source, &disk.path)
@@ -142,12 +155,15 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
             )
             .with("disk", &disk.target));
         }
-        if let Some(problem) = &disk.chain_problem {
+        readable(disk, facts)?;
+        if names::overlay_stem(&disk.path).contains(',') {
             return Err(Fault::new(
                 Reason::DiskUnsupported,
                 format!(
-                    "the chain of disk {} of VM '{}' cannot be read: {problem}",
-                    disk.target, facts.vm.name
+                    "disk {} of VM '{}' lies in '{}', and after a revert the VM could not start: \
+                     libvirt writes the comma in that path twice where it makes the new overlay; \
+                     rename it without a comma, or exclude it with accept_no_revert",
+                    disk.target, facts.vm.name, disk.path
                 ),
             )
             .with("disk", &disk.target)
@@ -171,16 +187,72 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Refuses a disk whose images cannot be read, and tells a file that was deleted
+/// under a running VM from one that is merely not there.
+fn readable(disk: &Disk, facts: &Facts) -> Result<(), Fault> {
+    let Some(problem) = &disk.chain_problem else {
+        return Ok(());
+    };
+    let (target, vm, path) = (&disk.target, &facts.vm.name, &disk.path);
+    let gone = files::exists(facts, path) == Some(false);
+    let message = if gone && facts.vm.state != VmState::Stopped {
+        format!(
+            "the file '{path}' of disk {target} was deleted under VM '{vm}', which still writes \
+             into it: all that is lost when the VM stops; copy it into a new file while it runs \
+             ('virsh blockcopy {vm} {target} FILE --wait --pivot')"
+        )
+    } else if gone {
+        format!("the file '{path}' of disk {target} of VM '{vm}' is not there; bring it back")
+    } else {
+        format!("the chain of disk {target} of VM '{vm}' cannot be read: {problem}")
+    };
+    Err(Fault::new(Reason::DiskUnsupported, message)
+        .with("disk", target)
+        .with("source", path))
+}
+
+/// Whether an image can hold an internal snapshot.
+fn holds_internal(disk: &Disk) -> bool {
+    disk.format == "qcow2" && matches!(disk.source, Source::File | Source::Block)
+}
+
+/// Refuses a name by which QEMU would not find an internal snapshot again.
+///
+/// # Errors
+/// [`Reason::BadRequest`].
+pub fn internal_name(name: &str) -> Result<(), Fault> {
+    if names::is_number(name) {
+        return Err(Fault::bad_field(
+            "snapshot_name",
+            format!(
+                "'{name}' has digits only, and QEMU takes that for the number of an internal \
+                 snapshot: a revert could go to another one; put a letter into it, or use kind \
+                 external"
+            ),
+        ));
+    }
+    Ok(())
+}
+
 fn internal_possible(state: VmState, excluded: &[String], facts: &Facts) -> Result<(), Fault> {
-    for disk in facts
-        .writable_disks()
-        .filter(|disk| !excluded.contains(&disk.target))
-    {
-        if disk.format != "qcow2" || !matches!(disk.source, Source::File | Source::Block) {
+    for disk in facts.writable_disks() {
+        if excluded.contains(&disk.target) {
+            return Err(Fault::new(
+                Reason::KindUnsupported,
+                format!(
+                    "exclude_disks names {}, but libvirt makes no internal snapshot that leaves a \
+                     writable disk out; use kind external, or leave exclude_disks out",
+                    disk.target
+                ),
+            )
+            .with("disk", &disk.target));
+        }
+        readable(disk, facts)?;
+        if !holds_internal(disk) {
             return Err(Fault::new(
                 Reason::DiskUnsupported,
                 format!(
-                    "disk {} of VM '{}' has format {} on {}; an internal snapshot needs qcow2 on \
+                    "disk {} of VM '{}' has format {} in {}; an internal snapshot needs qcow2 on \
                      every writable disk: use kind external, or convert the disk",
                     disk.target,
                     facts.vm.name,

@@ -5,7 +5,7 @@
 
 use crate::planning::{
     actions::{checks, create::unknown_disk},
-    facts::{Disk, Facts, VmState, file_name},
+    facts::{Disk, Facts, Source, VmState, file_name},
     plan::Draft,
     reason::{Fault, Reason},
     request::Commit,
@@ -62,11 +62,33 @@ pub fn draft(commit: &Commit, bytes: u64, facts: &Facts, draft: &mut Draft) -> R
         .with("asked_bytes", bytes));
     }
     checks::not_shared(facts, [disk.path.as_str()])?;
+    if disk.source != Source::File && disk.format != "qcow2" {
+        return Err(Fault::new(
+            Reason::DiskUnsupported,
+            format!(
+                "disk {} of VM '{}' is '{}' itself, which has the size that it has: resize that \
+                 where it comes from, such as with lvextend",
+                disk.target, facts.vm.name, disk.path
+            ),
+        )
+        .with("disk", &disk.target)
+        .with("source", &disk.path));
+    }
+    // Those that the same plan drops before are not in the way.
+    let dropped = |name: &str| {
+        draft
+            .steps
+            .iter()
+            .any(|step| matches!(step, Step::DeleteSnapshot { name: gone, .. } if gone == name))
+    };
     let internal: Vec<&str> = disk
         .chain
         .first()
         .map(|image| image.internal.iter().map(String::as_str).collect())
-        .unwrap_or_default();
+        .unwrap_or_else(Vec::new)
+        .into_iter()
+        .filter(|name| !dropped(name))
+        .collect();
     if !internal.is_empty() && disk.chain[0].compat == "0.10" {
         return Err(Fault::new(
             Reason::DiskUnsupported,

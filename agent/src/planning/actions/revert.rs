@@ -6,6 +6,7 @@
 use crate::planning::{
     actions::{checks, create},
     facts::{Facts, Kind, Memory, Snapshot, VmState},
+    names,
     plan::Draft,
     reason::{Fault, Reason},
     request::{Create, Request, Revert, StateAfter, WaitFor},
@@ -66,6 +67,20 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         .as_ref()
         .and_then(|record| record.nvram_copy.clone());
     match (copy, &facts.vm.firmware.nvram) {
+        (None, Some(nvram))
+            if !saved
+                && (snapshot.kind != Kind::Internal
+                    || facts.vm.firmware.nvram_format != "qcow2") =>
+        {
+            draft.warn(
+                "NVRAM_NOT_COVERED",
+                format!(
+                    "snapshot '{}' holds no UEFI variables: those in '{nvram}' stay as they are now",
+                    snapshot.name
+                ),
+                "",
+            );
+        }
         (Some(_), Some(_)) if saved => draft.decide(
             "uefi variables",
             "from memory",
@@ -142,7 +157,12 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     Ok(draft)
 }
 
-fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Result<(), Fault> {
+/// Refuses a snapshot that a revert could not bring back, whatever the VM looks
+/// like now.
+///
+/// # Errors
+/// [`Reason::SnapshotNotRevertible`].
+pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
     if snapshot
         .record
         .as_ref()
@@ -158,6 +178,45 @@ fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Resu
         )
         .with("snapshot", &snapshot.name));
     }
+    if let Some(other) = &snapshot.mistaken_for {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "QEMU takes '{}' for the number of an internal snapshot, and that is the number of \
+                 '{other}': a revert would go to '{other}' instead; while the VM is off, read it \
+                 out with 'qemu-img convert -l snapshot.name={}'",
+                snapshot.name, snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name));
+    }
+    if snapshot.kind == Kind::Internal {
+        return Ok(());
+    }
+    let comma = snapshot.disks.iter().find_map(|disk| {
+        let data = disk.data.as_deref()?;
+        names::overlay_stem(data)
+            .contains(',')
+            .then_some((&disk.target, data))
+    });
+    if let Some((target, path)) = comma {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "disk {target} lies in '{path}' in snapshot '{}', and after a revert the VM \
+                 could not start: libvirt writes the comma in that path twice where it makes \
+                 the new overlay",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("disk", target));
+    }
+    Ok(())
+}
+
+fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Result<(), Fault> {
+    ever(snapshot)?;
     if snapshot.kind != Kind::Internal && !facts.host.reverts_external() {
         return Err(Fault::new(
             Reason::KindUnsupported,
@@ -204,19 +263,12 @@ fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Resu
             }
         }
         for (target, path) in &snapshot.media {
-            let folder = facts.folders.get(crate::planning::facts::folder_of(path));
-            let missing = crate::planning::files::exists(facts, path) != Some(true);
-            let problem = match folder {
-                _ if missing => Some("it is not there"),
-                Some(folder) if !folder.writable => Some("its folder is read-only"),
-                _ => None,
-            };
-            if let Some(problem) = problem {
+            if let Some(problem) = checks::no_overlay_on(facts, path) {
                 return Err(Fault::new(
                     Reason::MediaNotCovered,
                     format!(
-                        "drive {target} has the medium '{path}' in snapshot '{}'; the revert must \
-                         put an overlay on it, but {problem}",
+                        "{target} holds '{path}' in snapshot '{}'; the revert must put an overlay \
+                         on it, but {problem}",
                         snapshot.name
                     ),
                 )
