@@ -240,6 +240,8 @@ fn the_case(id: &str) -> Case {
                 drive.path = path("seed.iso");
                 drive.readonly = true;
                 facts.vm.disks.push(drive);
+                let folder = facts.folders.get_mut(super::FOLDER).unwrap();
+                folder.names.insert("seed.iso".into());
             }),
             Some(external()),
             vec![|facts| facts.vm.disks[1].source = Source::Empty],
