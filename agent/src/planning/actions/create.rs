@@ -73,17 +73,6 @@ pub fn draft(request: &Request, create: &Create, facts: &Facts) -> Result<Draft,
         }
     }
     checks::changeable(facts)?;
-    if !facts.vm.persistent {
-        draft.warn(
-            "TRANSIENT_VM",
-            format!(
-                "VM '{}' is not defined: when it stops, libvirt forgets its snapshots, and their \
-                 files stay",
-                facts.vm.name
-            ),
-            "define the VM first, from 'virsh dumpxml'",
-        );
-    }
     let state = checks::start_first(request, facts, &mut draft)?;
     let started = state != facts.vm.state;
     snapshot(&create, state, started, false, facts, &mut draft)?;

@@ -67,20 +67,6 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         .as_ref()
         .and_then(|record| record.nvram_copy.clone());
     match (copy, &facts.vm.firmware.nvram) {
-        (None, Some(nvram))
-            if !saved
-                && (snapshot.kind != Kind::Internal
-                    || facts.vm.firmware.nvram_format != "qcow2") =>
-        {
-            draft.warn(
-                "NVRAM_NOT_COVERED",
-                format!(
-                    "snapshot '{}' holds no UEFI variables: those in '{nvram}' stay as they are now",
-                    snapshot.name
-                ),
-                "",
-            );
-        }
         (Some(_), Some(_)) if saved => draft.decide(
             "uefi variables",
             "from memory",
