@@ -100,7 +100,10 @@ fn every_warning_of_a_known_issue_is_among_the_codes_of_warnings() {
             .map(|issue| issue.id.as_str()),
     );
     for code in codes {
-        assert!(page.contains(&format!("| `{code}` |")), "events.md lacks {code}");
+        assert!(
+            page.contains(&format!("| `{code}` |")),
+            "events.md lacks {code}"
+        );
     }
 }
 

@@ -22,6 +22,7 @@ pub mod image;
 pub mod owner;
 pub mod paths;
 pub mod pattern;
+pub mod small;
 pub mod wait;
 
 pub use agent::Agent;
@@ -30,4 +31,5 @@ pub use cli::Cli;
 pub use domain::{Domain, Lab};
 pub use guest::Guest;
 pub use owner::OwnedLab;
+pub use small::SmallPool;
 pub use wait::{eventually, eventually_some};

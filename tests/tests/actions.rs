@@ -4,7 +4,7 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use anyhow::{Context as _, Result};
-use vmsnap_tests::{BlankSpec, Domain, Lab, command, eventually};
+use vmsnap_tests::{BlankSpec, Domain, Lab, eventually};
 
 fn damage(guest: &Domain) -> Result<()> {
     guest.exec("echo damaged > /data/damage && sync").map(drop)
@@ -357,64 +357,24 @@ fn a_file_that_a_clone_stands_on_is_neither_merged_into_nor_deleted() -> Result<
     Ok(())
 }
 
-/// A small file system, mounted by root; gone when dropped.
-struct Small(std::path::PathBuf);
-
-impl Small {
-    fn mount(lab: &Lab, mib: u32) -> Result<Self> {
-        let folder = lab.folder.join(format!("small-{}", std::process::id()));
-        fs::create_dir(&folder)?;
-        let options = format!("size={mib}m,mode=0777");
-        command::succeed(&mut command::privileged([
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            &options,
-            "tmpfs",
-            &folder.display().to_string(),
-        ]))?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = command::succeed(&mut command::privileged([
-            "umount",
-            &self.0.display().to_string(),
-        ]));
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
 #[test]
 fn too_little_space_in_a_pool_is_refused_with_pool_need_and_free() -> Result<()> {
     let lab = Lab::from_env()?;
-    let small = Small::mount(&lab, 6)?;
+    let small = lab.small_pool("size=6m")?;
     let agent = lab.agent("")?;
-    let pool = format!("small{}", std::process::id());
-    lab.virsh([
-        "pool-define-as",
-        &pool,
-        "dir",
-        "--target",
-        &small.0.display().to_string(),
-    ])?;
-    lab.virsh(["pool-start", &pool])?;
     let spec = BlankSpec {
-        folder: Some(small.0.clone()),
+        folder: Some(small.folder.clone()),
         disk_mib: 4,
         ..BlankSpec::default()
     };
     let domain = lab.blank(&spec)?;
     let name = domain.name.as_str();
-    let before = fs::read_dir(&small.0)?.count();
+    let before = fs::read_dir(&small.folder)?.count();
     // Memory of 64 MiB never fits.
     let refused = agent.vmsnap(&["create", name, "warm", "--memory"])?;
     let failure = refused.failure()?;
     assert_eq!(failure["reason"], "NO_SPACE");
-    assert_eq!(failure["metadata"]["pool"], pool.as_str());
+    assert_eq!(failure["metadata"]["pool"], small.name.as_str());
     assert!(
         failure["metadata"]["need_bytes"]
             .as_str()
@@ -423,23 +383,13 @@ fn too_little_space_in_a_pool_is_refused_with_pool_need_and_free() -> Result<()>
             > 64 << 20
     );
     assert_eq!(domain.state()?, "running");
-    assert_eq!(fs::read_dir(&small.0)?.count(), before);
+    assert_eq!(fs::read_dir(&small.folder)?.count(), before);
     // It fits in the plan, and the disk is full all the same.
-    fs::write(small.0.join("filler"), vec![1; 6 << 20]).unwrap_or_default();
+    small.fill()?;
     let refused = agent.vmsnap(&["create", name, "cold"])?;
     assert_eq!(refused.failure()?["reason"], "NO_SPACE");
     assert_eq!(domain.state()?, "running");
     assert_eq!(domain.snapshots()?, [] as [&str; 0]);
-    let learned = agent.vmsnap(&["issues", "list"])?;
-    assert!(serde_json::to_string(&learned.events)?.contains("NO_SPACE"));
-    domain.virsh("destroy", &[])?;
-    drop(domain);
-    fs::remove_file(small.0.join("filler"))?;
-    for file in fs::read_dir(&small.0)? {
-        fs::remove_file(file?.path())?;
-    }
-    lab.virsh(["pool-destroy", &pool])?;
-    lab.virsh(["pool-undefine", &pool])?;
     Ok(())
 }
 
