@@ -31,5 +31,5 @@ pub use cli::Cli;
 pub use domain::{Domain, Lab};
 pub use guest::Guest;
 pub use owner::OwnedLab;
-pub use storage::{BlockDevice, Mount};
+pub use storage::{BlockDevice, Mount, SmallPool};
 pub use wait::{eventually, eventually_some};

@@ -31,6 +31,10 @@ impl Lab {
     /// # Errors
     /// When it cannot be mounted.
     pub fn small(&self, mib: u32) -> Result<Mount> {
+        self.tmpfs(&format!("size={mib}m"))
+    }
+
+    fn tmpfs(&self, options: &str) -> Result<Mount> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = self
@@ -38,7 +42,7 @@ impl Lab {
             .join(format!("small-{}-{number}", std::process::id()));
         fs::create_dir(&folder)?;
         let mount = Mount { folder, own: true };
-        let options = format!("size={mib}m,mode=0777");
+        let options = format!("{options},mode=0777");
         let shown = mount.folder.display().to_string();
         succeed(&mut privileged([
             "mount", "-t", "tmpfs", "-o", &options, "tmpfs", &shown,
@@ -102,5 +106,62 @@ impl Drop for BlockDevice {
     fn drop(&mut self) {
         let _ = succeed(&mut privileged(["chown", "root:root", &self.0]));
         let _ = succeed(&mut privileged(["losetup", "-d", &self.0]));
+    }
+}
+
+/// A small pool; gone with all that lies in it when dropped. Domains whose disks
+/// lie there have to be dropped before.
+#[derive(Debug)]
+pub struct SmallPool {
+    lab: Lab,
+    mount: Mount,
+    /// The pool's name.
+    pub name: String,
+    /// Its folder.
+    pub folder: PathBuf,
+}
+
+impl Lab {
+    /// Makes a small pool. `options` are tmpfs's own, such as `size=6m`.
+    ///
+    /// # Errors
+    /// When it cannot be mounted, which only root may, or libvirt refuses.
+    pub fn small_pool(&self, options: &str) -> Result<SmallPool> {
+        let mount = self.tmpfs(options)?;
+        let pool = SmallPool {
+            lab: self.clone(),
+            name: mount
+                .folder
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            folder: mount.folder.clone(),
+            mount,
+        };
+        let shown = pool.folder.display().to_string();
+        self.virsh(["pool-define-as", &pool.name, "dir", "--target", &shown])?;
+        self.virsh(["pool-start", &pool.name])?;
+        Ok(pool)
+    }
+}
+
+impl SmallPool {
+    /// Fills what is free with a file `filler`.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn fill(&self) -> Result<()> {
+        use std::io::Write as _;
+        let mut filler = fs::File::create(self.mount.folder.join("filler"))?;
+        while filler.write_all(&[1; 4096]).is_ok() {}
+        Ok(())
+    }
+}
+
+impl Drop for SmallPool {
+    fn drop(&mut self) {
+        for word in ["pool-destroy", "pool-undefine"] {
+            let _ = self.lab.virsh([word, &self.name]);
+        }
     }
 }

@@ -360,17 +360,8 @@ fn a_file_that_a_clone_stands_on_is_neither_merged_into_nor_deleted() -> Result<
 #[test]
 fn too_little_space_in_a_pool_is_refused_with_pool_need_and_free() -> Result<()> {
     let lab = Lab::from_env()?;
-    let small = lab.small(6)?;
+    let small = lab.small_pool("size=6m")?;
     let agent = lab.agent("")?;
-    let pool = format!("small{}", std::process::id());
-    lab.virsh([
-        "pool-define-as",
-        &pool,
-        "dir",
-        "--target",
-        &small.folder.display().to_string(),
-    ])?;
-    lab.virsh(["pool-start", &pool])?;
     let spec = BlankSpec {
         folder: Some(small.folder.clone()),
         disk_mib: 4,
@@ -383,7 +374,7 @@ fn too_little_space_in_a_pool_is_refused_with_pool_need_and_free() -> Result<()>
     let refused = agent.vmsnap(&["create", name, "warm", "--memory"])?;
     let failure = refused.failure()?;
     assert_eq!(failure["reason"], "NO_SPACE");
-    assert_eq!(failure["metadata"]["pool"], pool.as_str());
+    assert_eq!(failure["metadata"]["pool"], small.name.as_str());
     assert!(
         failure["metadata"]["need_bytes"]
             .as_str()
@@ -394,21 +385,11 @@ fn too_little_space_in_a_pool_is_refused_with_pool_need_and_free() -> Result<()>
     assert_eq!(domain.state()?, "running");
     assert_eq!(fs::read_dir(&small.folder)?.count(), before);
     // It fits in the plan, and the disk is full all the same.
-    fs::write(small.folder.join("filler"), vec![1; 6 << 20]).unwrap_or_default();
+    small.fill()?;
     let refused = agent.vmsnap(&["create", name, "cold"])?;
     assert_eq!(refused.failure()?["reason"], "NO_SPACE");
     assert_eq!(domain.state()?, "running");
     assert_eq!(domain.snapshots()?, [] as [&str; 0]);
-    let learned = agent.vmsnap(&["issues", "list"])?;
-    assert!(serde_json::to_string(&learned.events)?.contains("NO_SPACE"));
-    domain.virsh("destroy", &[])?;
-    drop(domain);
-    fs::remove_file(small.folder.join("filler"))?;
-    for file in fs::read_dir(&small.folder)? {
-        fs::remove_file(file?.path())?;
-    }
-    lab.virsh(["pool-destroy", &pool])?;
-    lab.virsh(["pool-undefine", &pool])?;
     Ok(())
 }
 

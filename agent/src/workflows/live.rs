@@ -12,7 +12,7 @@ use vmsnap_engine::{Cancel, Log, LogError};
 use crate::{
     flow::{Record, Snapshots},
     journal::{Journal, Stamped},
-    planning::{Fault, Request, issues},
+    planning::{Fault, Reason, Request, issues},
 };
 
 /// Bytes of a step that goes on.
@@ -120,8 +120,9 @@ impl Live {
     }
 }
 
-/// Writes the records of a run into the journal, then shows them. The fault
-/// that a run ends with gets what is known of it.
+/// Writes the records of a run into the journal, then shows them. What the fault
+/// that a run ends with teaches is kept before anybody sees it, and the fault
+/// gets what is known of it.
 #[derive(Debug)]
 pub struct LiveLog {
     /// The run.
@@ -135,6 +136,7 @@ impl Log<Snapshots> for LiveLog {
         if let Record::Closed { fault, .. } = &mut record
             && let Some(bare) = fault.take()
         {
+            learn(&bare, &self.journal).await;
             *fault = Some(explained(bare, &self.live.request.vm, &self.journal).await);
         }
         let stamped = self
@@ -150,6 +152,21 @@ impl Log<Snapshots> for LiveLog {
             .push(Arc::new(stamped));
         self.live.written.send_replace(sequence);
         Ok(())
+    }
+}
+
+/// What a fault teaches: a lack of space is remembered of its pool or folder.
+async fn learn(fault: &Fault, journal: &Journal) {
+    // Where the place is not known, it would be remembered of the whole host.
+    let place = ["pool", "path"]
+        .iter()
+        .find_map(|key| fault.metadata.get(*key));
+    let (Reason::NoSpace, Some(place)) = (fault.reason, place) else {
+        return;
+    };
+    let learned = journal.learn(fault.reason.as_str(), place, None).await;
+    if let Err(error) = learned {
+        tracing::warn!(%error, "what this run taught could not be kept");
     }
 }
 

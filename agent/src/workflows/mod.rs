@@ -264,7 +264,6 @@ impl Workflows {
         match closing {
             Ok(closing) => {
                 tracing::info!(run = %span_id, closing = ?closing, "run ends");
-                self.learn(&live).await;
             }
             Err(error) => {
                 tracing::error!(run = %span_id, %error, "run was left open: the journal failed");
@@ -355,36 +354,6 @@ impl Workflows {
             turn,
             _guard: guard,
         }))
-    }
-
-    /// What an ended run teaches: a lack of space is remembered for its pool.
-    async fn learn(&self, live: &Live) {
-        let fault = live
-            .records_from(1)
-            .iter()
-            .rev()
-            .find_map(|record| match &record.record {
-                Record::Closed { fault, .. } => fault.clone(),
-                _ => None,
-            });
-        let Some(fault) = fault.filter(|fault| fault.reason == Reason::NoSpace) else {
-            return;
-        };
-        // Where it is not known, it would be remembered of the whole host.
-        let Some(subject) = ["pool", "path"]
-            .iter()
-            .find_map(|key| fault.metadata.get(*key))
-        else {
-            return;
-        };
-        if let Err(error) = self
-            .0
-            .journal
-            .learn(fault.reason.as_str(), subject, None)
-            .await
-        {
-            tracing::warn!(%error, "what this run taught could not be kept");
-        }
     }
 
     /// Stops a run between its steps.

@@ -156,6 +156,17 @@ fn the_case(id: &str) -> Case {
                 facts.snapshots[0].memory = Memory::None
             }],
         ),
+        "CURRENT_SNAPSHOT_UNKNOWN" => case(
+            with(with_chain(running(), 1), |facts| {
+                facts.snapshots[0].current = false;
+            }),
+            Some(list()),
+            vec![
+                |facts| facts.snapshots[0].current = true,
+                |facts| facts.snapshots[0].kind = Kind::Internal,
+                |facts| facts.snapshots.clear(),
+            ],
+        ),
         "DEFINITION_DIFFERS" => case(
             with(running(), |facts| {
                 let names = ("vda".into(), path("web1.qcow2"), path("web1.s0"));

@@ -265,6 +265,7 @@ fn vm(facts: &Facts) -> Properties {
         ("memory_gib", Value::Number(vm.memory / GIB)),
         ("stop_seconds", Value::Number(stop)),
         ("kinds", text(kinds(&facts.snapshots))),
+        ("has_current", Value::Flag(facts.current().is_some())),
         ("side_branches", Value::Flag(side)),
     ])
 }
