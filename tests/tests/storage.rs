@@ -5,11 +5,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Domain, Lab};
+use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Domain, Lab, eventually};
 
 const MIB: u64 = 1 << 20;
 const NONE: [&str; 0] = [];
@@ -130,6 +131,10 @@ fn what_a_merge_would_write_is_counted_over_all_disks_before_it_begins() -> Resu
     assert_eq!(full.all("step_started").count(), 0);
     assert_eq!(entries(&small.folder)?, before);
     assert_eq!(domain.state()?, "running");
+    // libvirt would have switched the VM off before it found that out.
+    let full = agent.vmsnap(&["revert", name, "s"])?;
+    assert_eq!(full.failure()?["reason"], "NO_SPACE");
+    assert_eq!(domain.state()?, "running");
     fs::remove_file(filler)?;
     fs::remove_file(rest)?;
     agent.vmsnap(&["cleanup", name, "s"])?.result()?;
@@ -137,6 +142,49 @@ fn what_a_merge_would_write_is_counted_over_all_disks_before_it_begins() -> Resu
         assert!(domain.has_pattern(target, 7, 0, 6 * MIB)?);
         assert_eq!(domain.chain(target)?.len(), 1);
     }
+    Ok(())
+}
+
+#[test]
+fn space_that_runs_out_during_a_merge_is_told_with_need_and_free_and_the_merge_done_again()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let small = lab.small(40)?;
+    let domain = lab.blank(&BlankSpec {
+        folder: Some(small.folder.clone()),
+        disk_mib: 16,
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    agent.vmsnap(&["create", name, "s"])?.result()?;
+    domain.write_pattern("vda", 7, 0, 12 * MIB)?;
+    let chain = domain.chain("vda")?;
+    let mut merging = agent.cli(&["cleanup", name, "s", "--start-if-stopped"])?;
+    let merging = merging.stdout(std::process::Stdio::piped()).spawn()?;
+    // There was room enough when it was planned.
+    eventually(Duration::from_secs(20), "start of the VM", || {
+        agent.log().contains("step=\"start the VM")
+    })?;
+    let filler = small.folder.join("filler");
+    let _ = fs::write(&filler, vec![1; 40 << 20]);
+    let said = String::from_utf8(merging.wait_with_output()?.stdout)?;
+    let last: Value = serde_json::from_str(said.lines().last().context("an outcome")?)?;
+    let failure = &last["failure"];
+    assert_eq!(failure["reason"], "NO_SPACE", "{last}");
+    let (need, free) = (
+        number(failure, "need_bytes")?,
+        number(failure, "free_bytes")?,
+    );
+    assert!(need >= 12 * MIB && free < MIB, "{need} of {free}");
+    assert_eq!(domain.state()?, "running");
+    assert_eq!(domain.chain("vda")?, chain);
+    assert!(domain.has_pattern("vda", 7, 0, 12 * MIB)?);
+    fs::remove_file(filler)?;
+    agent.vmsnap(&["cleanup", name, "s"])?.result()?;
+    assert_eq!(domain.chain("vda")?.len(), 1);
+    assert!(domain.has_pattern("vda", 7, 0, 12 * MIB)?);
     Ok(())
 }
 

@@ -6,10 +6,17 @@
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
-use vmsnap_hypervisor::{DeleteFlags, DomainState, image};
+use vmsnap_hypervisor::{DeleteFlags, DomainState, ErrorKind, image};
 
 use super::Performer;
-use crate::planning::{Done, Fault, facts::VmState};
+use crate::{
+    faults,
+    planning::{
+        Done, Fault,
+        facts::{VmState, folder_of},
+        files,
+    },
+};
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
@@ -69,7 +76,7 @@ impl Performer {
                 .iter()
                 .any(|snapshot| snapshot.name == name);
             if listed {
-                return Err(error.into());
+                return Err(self.merge_failed(error, &expected).await);
             }
         }
         // A merge may be over before it was looked at.
@@ -87,6 +94,30 @@ impl Performer {
         Ok(Done::Deleted {
             merged_bytes: merged.values().sum(),
         })
+    }
+
+    /// libvirt's error; for a lack of space with where and how much.
+    async fn merge_failed(
+        &self,
+        error: vmsnap_hypervisor::Error,
+        expected: &[(&str, u64)],
+    ) -> Fault {
+        if *error.kind() == ErrorKind::NoSpace
+            && let Some(facts) = &self.facts
+        {
+            for (disk, need) in expected {
+                let Ok(Some(path)) = self.observer.disk_path(self.vm(), disk).await else {
+                    continue;
+                };
+                let folder = folder_of(&path);
+                if let Some(now) = crate::observe::folder(folder).filter(|now| now.free < *need) {
+                    let mut full = files::no_space(facts, folder, *need, now.free);
+                    full.message = format!("{}; {}", full.message, faults::sentence(&error));
+                    return full;
+                }
+            }
+        }
+        error.into()
     }
 
     /// Bytes that the overlay over a snapshot's data takes now, by disk: what its

@@ -1,7 +1,9 @@
 //! What holds for every plan, whatever was asked and whatever is found.
 
+mod creating;
 mod issues;
 mod retention;
+mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -513,10 +513,15 @@ fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
             continue;
         };
         let lower = &vm.chain[at];
-        let room = lower
-            .virtual_size
-            .max(above.virtual_size)
-            .saturating_sub(lower.actual_size);
+        // What its internal snapshots hold is never written over.
+        let room = if lower.internal.is_empty() {
+            lower
+                .virtual_size
+                .max(above.virtual_size)
+                .saturating_sub(lower.actual_size)
+        } else {
+            u64::MAX
+        };
         let (need, image) = needs.entry(folder_of(data)).or_insert((0, data));
         *need = need.saturating_add(above.actual_size.min(room));
         *image = data;

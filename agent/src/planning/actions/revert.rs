@@ -5,7 +5,8 @@
 
 use crate::planning::{
     actions::{checks, create},
-    facts::{Facts, Kind, Memory, Snapshot, VmState},
+    facts::{Facts, Kind, Memory, Snapshot, VmState, folder_of},
+    files::{Files, OVERLAY_BYTES},
     names,
     plan::Draft,
     reason::{Fault, Reason},
@@ -48,6 +49,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     if revert.safety_snapshot {
         safety(facts, &mut draft)?;
     }
+    overlays_fit(snapshot, facts)?;
     let after = state_after(request, revert, snapshot, facts, &mut draft);
     compare_definition(snapshot, facts, &mut draft);
 
@@ -264,6 +266,22 @@ fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Resu
         }
     }
     Ok(())
+}
+
+/// libvirt has switched the VM off before it makes the new overlays.
+fn overlays_fit(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if snapshot.kind == Kind::Internal {
+        return Ok(());
+    }
+    let mut files = Files::new(facts);
+    let covered = snapshot.disks.iter().filter(|disk| disk.kind.is_some());
+    for path in covered
+        .filter_map(|disk| disk.data.as_deref())
+        .chain(snapshot.media.iter().map(|(_, path)| path.as_str()))
+    {
+        files.need(folder_of(path), OVERLAY_BYTES);
+    }
+    files.check_space()
 }
 
 fn safety(facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
