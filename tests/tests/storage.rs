@@ -371,14 +371,15 @@ fn a_disk_with_snapshots_is_resized_if_its_format_can_and_a_revert_tells_the_old
         let result = back.result()?;
         assert_eq!(size(&domain, "vda")?, 8 * MIB, "{kind}");
         assert_eq!(result["vm"]["disks"][0]["virtual_bytes"], 8 * MIB);
+        let text = |bytes: u64| Value::from(bytes.to_string());
         let told = result["diff"]
             .as_array()
             .context("a diff")?
             .iter()
             .any(|change| {
                 change["field"] == "disk.vda.virtual_size"
-                    && change["before"] == (16 * MIB).to_string()
-                    && change["after"] == (8 * MIB).to_string()
+                    && change["before"] == text(16 * MIB)
+                    && change["after"] == text(8 * MIB)
             });
         assert!(told, "{kind}: {}", result["diff"]);
     }

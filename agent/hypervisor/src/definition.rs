@@ -58,6 +58,8 @@ pub struct DiskDefinition {
     pub readonly: bool,
     /// Several domains may write it.
     pub shareable: bool,
+    /// What is written to it is thrown away when the domain stops.
+    pub transient: bool,
     /// The `snapshot` attribute.
     pub snapshot: Option<String>,
     /// The chain below the active image, as far as the XML tells.
@@ -135,10 +137,10 @@ pub struct DomainDefinition {
 }
 
 impl DiskDefinition {
-    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    /// Whether the guest only reads it: a CD, or what is marked read-only.
     #[must_use]
     pub fn only_read(&self) -> bool {
-        self.readonly || !matches!(&*self.device, "disk" | "lun")
+        self.readonly || self.device == "cdrom"
     }
 }
 
@@ -172,7 +174,8 @@ impl DomainDefinition {
     }
 
     /// Devices that keep memory from being saved, for people: QEMU refuses to
-    /// save with shared memory in peer mode, virtiofs and passed-through devices.
+    /// save with shared memory in peer mode, virtiofs and passed-through devices,
+    /// libvirt with transient disks.
     /// Shared memory whose role is `master` is saved with the guest, and libvirt
     /// lets passed-through USB devices be: they are plugged in anew.
     #[must_use]
@@ -183,6 +186,9 @@ impl DomainDefinition {
         }
         for (driver, target) in &self.filesystems {
             devices.push(format!("shared folder '{target}' ({driver})"));
+        }
+        for disk in self.disks.iter().filter(|disk| disk.transient) {
+            devices.push(format!("transient disk {}", disk.target));
         }
         for kind in self.hostdevs.iter().filter(|kind| *kind != "usb") {
             devices.push(format!("passed-through {kind} device"));
@@ -381,6 +387,7 @@ fn disk(disk: Node<'_, '_>) -> Option<DiskDefinition> {
             .map(str::to_owned),
         readonly: child(disk, "readonly").is_some(),
         shareable: child(disk, "shareable").is_some(),
+        transient: child(disk, "transient").is_some(),
         snapshot: disk.attribute("snapshot").map(str::to_owned),
         backing,
     })
@@ -399,6 +406,8 @@ mod tests {
          <target dev='vda' bus='virtio'/></disk>
        <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
        <disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdb'/></disk>
+       <disk type='file' device='disk'><source file='/t'/><target dev='vdc'/><transient/></disk>
+       <disk type='file' device='floppy'><source file='/f'/><target dev='fda'/></disk>
        <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
        <shmem name='m'><model type='ivshmem-plain'/></shmem>
        <shmem name='n' role='master'><model type='ivshmem-plain'/></shmem>
@@ -421,12 +430,15 @@ mod tests {
         assert_eq!(domain.disks[0].backing[0].path, "/a.qcow2");
         assert_eq!(domain.disks[1].source, DiskSource::None);
         assert_eq!(domain.disks[2].path.as_deref(), Some("p/v"));
+        let read: Vec<bool> = domain.disks.iter().map(DiskDefinition::only_read).collect();
+        assert_eq!(read, [false, true, false, false, false]);
         assert!(domain.guest_agent().unwrap().connected);
         assert_eq!(
             domain.not_migratable(),
             [
                 "shared memory device 'm' (ivshmem-plain)",
                 "shared folder 'shared' (virtiofs)",
+                "transient disk vdc",
                 "passed-through pci device",
                 "passed-through network device",
             ]

@@ -326,7 +326,7 @@ impl Observer {
         }
         for snapshot in snapshots {
             snapshot.media.iter().for_each(|(_, path)| add(path));
-            files_of(snapshot).for_each(|path| add(path));
+            files_of(snapshot).for_each(&mut add);
         }
         for volume in &storage.volumes {
             add(&volume.path);

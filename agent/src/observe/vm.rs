@@ -163,6 +163,7 @@ impl Observer {
             format: disk.format.clone().unwrap_or_default(),
             readonly: disk.readonly,
             shareable: disk.shareable,
+            transient: disk.transient,
             virtual_size: chain.first().map_or(0, |image| image.virtual_size),
             path,
             chain,
@@ -201,14 +202,15 @@ fn firmware(definition: &DomainDefinition) -> Firmware {
 }
 
 /// Disks whose next start would use another image than the one in use. A medium
-/// may be changed for this run of the VM only.
+/// may be changed for this run of the VM only, and so is what a transient disk
+/// stands for.
 fn differing(
     live: &DomainDefinition,
     inactive: &DomainDefinition,
 ) -> Vec<(String, String, String)> {
     live.disks
         .iter()
-        .filter(|disk| !disk.only_read())
+        .filter(|disk| !disk.only_read() && !disk.transient)
         .filter_map(|disk| {
             let used = disk.path.as_ref()?;
             let defined = inactive

@@ -222,6 +222,9 @@ pub struct Disk {
     pub readonly: bool,
     /// Several VMs may write it.
     pub shareable: bool,
+    /// What is written to it is thrown away when the VM stops.
+    #[serde(default)]
+    pub transient: bool,
     /// Size that the guest sees.
     pub virtual_size: u64,
     /// From the active image down to the oldest base.
@@ -237,10 +240,10 @@ impl Disk {
         !self.only_read() && self.source != Source::Empty
     }
 
-    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    /// Whether the guest only reads it: a CD, or what is marked read-only.
     #[must_use]
     pub fn only_read(&self) -> bool {
-        self.readonly || !matches!(&*self.device, "disk" | "lun")
+        self.readonly || self.device == "cdrom"
     }
 }
 

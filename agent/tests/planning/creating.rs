@@ -58,10 +58,15 @@ fn every_disk_and_drive_has_its_line_among_the_decisions() {
     ] {
         let mut disk = model.clone();
         disk.target = target.into();
+        disk.path = path(&format!("{target}.img"));
         disk.device = device.into();
         disk.source = source;
         disk.readonly = readonly;
         facts.vm.disks.push(disk);
+    }
+    for target in ["vdb", "sda"] {
+        let folder = facts.folders.values_mut().next().unwrap();
+        folder.names.insert(format!("{target}.img"));
     }
     let plan = plan(&request(asked(create("a"))), &facts).unwrap();
     assert!(decided(&plan, "disk vda").contains("web1.vda.a.qcow2"));
@@ -113,9 +118,7 @@ fn uefi_variables_are_copied_where_libvirt_does_not_keep_them() {
 fn a_revert_says_that_it_leaves_uefi_variables_which_nobody_kept() {
     let warns = |facts: &Facts| {
         let plan = plan(&request(Action::Revert(Revert::to("s0"))), facts).unwrap();
-        plan.warnings
-            .iter()
-            .any(|it| it.code == "NVRAM_NOT_COVERED")
+        plan.warnings.iter().any(|it| it.code == "NVRAM_STAYS")
     };
     let mut facts = with_chain(uefi(running(), "qcow2"), 1);
     facts.snapshots[0].record = None;

@@ -283,11 +283,12 @@ fn the_case(id: &str) -> Case {
             }],
         ),
         "NVRAM_NOT_COVERED" => case(
-            uefi(quiet(), "raw"),
-            Some(internal()),
+            uefi(running(), "raw"),
+            None,
             vec![
                 |facts| facts.vm.firmware.nvram_format = "qcow2".into(),
                 |facts| facts.vm.firmware.nvram = None,
+                |facts| facts.vm.state = VmState::Stopped,
             ],
         ),
         "NVRAM_STAYS" => case(

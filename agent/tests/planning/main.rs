@@ -77,6 +77,7 @@ fn quiet() -> Facts {
                 format: "qcow2".into(),
                 readonly: false,
                 shareable: false,
+                transient: false,
                 virtual_size: 64 << 20,
                 chain: vec![image(&path("web1.qcow2"))],
                 chain_problem: None,

@@ -270,6 +270,21 @@ pub fn no_overlay_on(facts: &Facts, path: &str) -> Option<&'static str> {
     }
 }
 
+/// Two of several disks, by target and path, on which a revert would put
+/// overlays of the same name: libvirt replaces everything after the last dot.
+#[must_use]
+pub fn same_overlay<'a>(
+    disks: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Option<[(&'a str, &'a str); 2]> {
+    let disks: Vec<(&str, &str)> = disks.collect();
+    disks.iter().enumerate().find_map(|(at, one)| {
+        let stem = names::overlay_stem(one.1);
+        let mut after = disks[at + 1..].iter();
+        let other = after.find(|other| names::overlay_stem(other.1) == stem)?;
+        Some([*one, *other])
+    })
+}
+
 /// Refuses to write or delete files that other VMs refer to.
 ///
 /// # Errors

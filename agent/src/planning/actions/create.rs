@@ -684,6 +684,25 @@ fn media_covered(create: &Create, facts: &Facts) -> Result<(), Fault> {
     if create.accept_no_revert {
         return Ok(());
     }
+    let held = facts
+        .vm
+        .disks
+        .iter()
+        .filter(|disk| disk.source == Source::File)
+        .map(|disk| (disk.target.as_str(), disk.path.as_str()));
+    if let Some([one, other]) = checks::same_overlay(held) {
+        return Err(Fault::new(
+            Reason::DiskUnsupported,
+            format!(
+                "disks {} ('{}') and {} ('{}') of VM '{}' lie in files whose names differ only in \
+                 their endings, so that libvirt's revert would call both new overlays the same, \
+                 and fail with the VM off; rename one of them or take it out, or use kind internal",
+                one.0, one.1, other.0, other.1, facts.vm.name
+            ),
+        )
+        .with("disk", other.0)
+        .with("source", other.1));
+    }
     for disk in facts
         .vm
         .disks

@@ -149,6 +149,18 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
             .with("disk", &disk.target)
             .with("source", &disk.path));
         }
+        if disk.transient {
+            return Err(Fault::new(
+                Reason::DiskUnsupported,
+                format!(
+                    "disk {} of VM '{}' is transient: what is written to it is thrown away when \
+                     the VM stops, and libvirt cannot merge it; take <transient/> out of its \
+                     definition, or exclude it with accept_no_revert",
+                    disk.target, facts.vm.name
+                ),
+            )
+            .with("disk", &disk.target));
+        }
         if disk.shareable {
             return Err(Fault::new(
                 Reason::DiskUnsupported,

@@ -181,6 +181,23 @@ pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
     if snapshot.kind == Kind::Internal {
         return Ok(());
     }
+    let held = snapshot
+        .disks
+        .iter()
+        .filter_map(|disk| Some((disk.target.as_str(), disk.data.as_deref()?)));
+    if let Some([one, other]) = checks::same_overlay(held) {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "in snapshot '{}' disks {} and {} lie in files whose names differ only in their \
+                 endings ('{}', '{}'): libvirt's revert would call both new overlays the same, and \
+                 fail with the VM off",
+                snapshot.name, one.0, other.0, one.1, other.1
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("disk", other.0));
+    }
     let comma = snapshot.disks.iter().find_map(|disk| {
         let data = disk.data.as_deref()?;
         names::overlay_stem(data)

@@ -447,7 +447,7 @@ fn snapshot(snapshot: &Snapshot, facts: &Facts, plan: Option<&Deeds<'_>>) -> Pro
         _ => has_memory || record.is_some_and(|record| record.nvram_copy.is_some()),
     };
     let machine_differs = !snapshot.machine.is_empty() && snapshot.machine != facts.vm.machine;
-    let plain = names::check_new_snapshot_name(&snapshot.name).is_ok();
+    let plain = names::is_job_id(&snapshot.name);
     Properties::from([
         ("name", text(&snapshot.name)),
         ("kind", text(snapshot.kind.name())),
