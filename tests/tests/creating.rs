@@ -316,10 +316,8 @@ fn foreign_external_snapshots_of_any_name_are_listed_reverted_to_and_deleted() -
         let listed = agent.vmsnap(&["ls", name])?.document()?.clone();
         let listed = listed["snapshots"][0]["name"].clone();
         assert_eq!(listed, foreign);
-        let words = ["revert", "--state-after", "stopped", "--", name, foreign];
-        agent.vmsnap(&words)?.result()?;
+        agent.vmsnap(&["revert", "--", name, foreign])?.result()?;
         assert!(domain.has_pattern("vda", number, 0, 65536)?, "{foreign}");
-        domain.virsh("start", &[])?;
         agent.vmsnap(&["cleanup", "--", name, foreign])?.result()?;
         assert_eq!(domain.snapshots()?, NONE);
         assert!(domain.has_pattern("vda", number, 0, 65536)?, "{foreign}");
@@ -701,7 +699,7 @@ fn a_device_that_keeps_memory_from_being_saved_is_named_and_disks_alone_are_fine
     }
     let made = agent.vmsnap(&["create", &domain.name, "s"])?;
     assert_eq!(made.result()?["snapshot"]["memory"], false);
-    assert!(warns(&made, "MEMORY_NOT_SAVED"));
+    assert!(warns(&made, "MEMORY_NOT_SAVABLE"));
     agent.vmsnap(&["revert", &domain.name, "s"])?.result()?;
     assert_eq!(domain.state()?, "running");
     // The master's content is saved with the guest.
@@ -981,11 +979,13 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
         for part in [what, iso.as_str(), "read-only", "accept_no_revert"] {
             assert!(message.contains(part), "{part}: {message}");
         }
-        // Inside the image there is no such need.
-        let words = ["create", name, "inside", "--kind", "internal"];
-        agent.vmsnap(&words)?.result()?;
-        agent.vmsnap(&["revert", name, "inside"])?.result()?;
-        agent.vmsnap(&["cleanup", name, "inside"])?.result()?;
+        if what == "disk vdb" {
+            // Inside the image there is no such need.
+            let words = ["create", name, "inside", "--kind", "internal"];
+            agent.vmsnap(&words)?.result()?;
+            agent.vmsnap(&["revert", name, "inside"])?.result()?;
+            agent.vmsnap(&["cleanup", name, "inside"])?.result()?;
+        }
         let words = ["create", name, "s", "--accept-no-revert"];
         agent.vmsnap(&words)?.result()?;
         let kept = agent.vmsnap(&["revert", name, "s"])?;

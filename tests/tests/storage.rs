@@ -264,51 +264,39 @@ fn a_disk_is_resized_by_its_present_size_in_bytes_whatever_the_state_of_its_vm()
         disk_mib: 8,
         ..BlankSpec::default()
     })?;
-    let odd = 8 * MIB + 512;
-    for (state, target, first, then) in [
-        ("running", "vda", odd, 9 * MIB),
-        ("paused", "vdb", odd, 9 * MIB),
-        ("shut off", "vdb", 9 * MIB + 512, 10 * MIB),
-        ("shut off", "vda", 9 * MIB + 512, 10 * MIB),
+    let (small, odd, large) = (8 * MIB, 8 * MIB + 512, 9 * MIB);
+    for (state, target, before, bytes) in [
+        ("running", "vda", small, odd),
+        ("paused", "vdb", small, odd),
+        ("shut off", "vdb", odd, large),
+        ("shut off", "vda", odd, large),
     ] {
         match state {
             "paused" => domain.virsh("suspend", &[])?,
             "shut off" => domain.virsh("destroy", &[]).unwrap_or_default(),
             _ => String::new(),
         };
-        let disk = ["--resize-disk", target];
-        for bytes in [first, then] {
-            let done = resize(&agent, &domain, &bytes.to_string(), &disk)?;
-            assert_eq!(
-                done.result()?["resized_to_bytes"],
-                bytes,
-                "{state}, {target}"
-            );
-            assert_eq!(size(&domain, target)?, bytes, "{state}, {target}");
-        }
-        let same = resize(&agent, &domain, &then.to_string(), &disk)?;
-        assert_eq!(same.result()?["changed"], false);
-        let smaller = first.to_string();
-        let kept = resize(
-            &agent,
-            &domain,
-            &smaller,
-            &[&disk[..], &["--allow-shrink"]].concat(),
+        let to = |bytes: u64, more: &[&str]| {
+            let more = [&["--resize-disk", target], more].concat();
+            resize(&agent, &domain, &bytes.to_string(), &more)
+        };
+        assert_eq!(
+            to(bytes, &[])?.result()?["resized_to_bytes"],
+            bytes,
+            "{state}, {target}"
         );
-        if state == "shut off" {
-            let words = [&disk[..], &["--allow-shrink"]].concat();
-            kept?.result()?;
-            assert_eq!(size(&domain, target)?, first);
-            let refused = resize(&agent, &domain, "4M", &disk)?;
-            assert_eq!(refused.failure()?["reason"], "SHRINK_REFUSED");
-            resize(&agent, &domain, &then.to_string(), &words)?.result()?;
-        } else {
-            let kept = kept?;
-            let failure = kept.failure()?;
-            assert_eq!(failure["reason"], "SHRINK_REFUSED", "{state}");
-            assert_eq!(number(failure, "present_bytes")?, then);
+        assert_eq!(size(&domain, target)?, bytes, "{state}, {target}");
+        assert_eq!(to(bytes, &[])?.result()?["changed"], false);
+        let off = state == "shut off";
+        let kept = to(before, if off { &[] } else { &["--allow-shrink"] })?;
+        let failure = kept.failure()?;
+        assert_eq!(failure["reason"], "SHRINK_REFUSED", "{state}");
+        assert_eq!(number(failure, "present_bytes")?, bytes);
+        assert_eq!(size(&domain, target)?, bytes, "{state}, {target}");
+        if off {
+            to(before, &["--allow-shrink"])?.result()?;
+            assert_eq!(size(&domain, target)?, before);
         }
-        assert_eq!(size(&domain, target)?, then);
         ensure!(
             domain.state()? == state,
             "{state} became {}",
@@ -321,7 +309,7 @@ fn a_disk_is_resized_by_its_present_size_in_bytes_whatever_the_state_of_its_vm()
     let half = resize(&agent, &domain, &(20 * MIB + 100).to_string(), &[])?;
     let failure = half.failure()?;
     assert_eq!(failure["reason"], "BAD_REQUEST");
-    assert_eq!(size(&domain, "vda")?, 10 * MIB);
+    assert_eq!(size(&domain, "vda")?, odd);
     drop(domain);
     fs::remove_dir_all(folder)?;
     Ok(())
