@@ -103,11 +103,12 @@ impl Performer {
                 .find(|one| one.target == *disk)
                 .and_then(|one| one.data.as_ref());
             let (Some(data), Ok(Some(active))) =
-                (data, self.observer.disk_path(self.vm(), disk).await)
+                (data, self.observer.disk_image(self.vm(), disk).await)
             else {
                 continue;
             };
-            let Ok(chain) = image::chain(Path::new(&active)).await else {
+            let Ok(chain) = image::chain(Path::new(&active.path), active.format.as_deref()).await
+            else {
                 continue;
             };
             let at = chain.iter().position(|image| image.path == *data);
