@@ -118,6 +118,14 @@ impl InventoryService for Service {
             }
         }
         let (snapshots, next_page_token) = page.end();
+        let costs = vmsnap_hypervisor::counters();
+        tracing::debug!(
+            snapshots = snapshots.len(),
+            snapshot_xml = costs.snapshot_xml,
+            headers = costs.headers,
+            qemu_img = costs.qemu_img,
+            "snapshots listed; costs so far"
+        );
         Ok(Response::new(v1::ListSnapshotsResponse {
             snapshots,
             next_page_token,
