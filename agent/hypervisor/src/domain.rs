@@ -308,6 +308,53 @@ impl Hypervisor {
         .await
     }
 
+    /// Names and UUIDs of the domains that have snapshots, in no order: one call.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn domains_with_snapshots(&self) -> Result<Vec<(String, String)>, Error> {
+        self.names(sys::VIR_CONNECT_LIST_DOMAINS_HAS_SNAPSHOT).await
+    }
+
+    /// Names and UUIDs of all domains, in no order: one call.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn domain_names(&self) -> Result<Vec<(String, String)>, Error> {
+        self.names(0).await
+    }
+
+    async fn names(&self, flags: u32) -> Result<Vec<(String, String)>, Error> {
+        self.read("list the domains of", "the host", None, move |connection| {
+            connection
+                .list_all_domains(flags)?
+                .into_iter()
+                .map(|domain| Ok((domain.name()?, domain.uuid_string()?)))
+                .collect()
+        })
+        .await
+    }
+
+    /// A domain as it runs, and as it would start next when it is defined: that
+    /// is not there a second time when it is the same.
+    ///
+    /// # Errors
+    /// When libvirt does not answer, or its XML cannot be understood.
+    pub async fn definitions(&self, name: &str) -> Result<Vec<crate::DomainDefinition>, Error> {
+        self.read_domain("read the definition of", name, |domain| {
+            let live = domain.xml_desc(0)?;
+            let mut all = vec![crate::definition::parse(&live)?];
+            if domain.is_persistent()? {
+                let next = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
+                if next != live {
+                    all.push(crate::definition::parse(&next)?);
+                }
+            }
+            Ok(all)
+        })
+        .await
+    }
+
     /// One domain, by name.
     ///
     /// # Errors

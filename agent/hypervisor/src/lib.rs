@@ -13,6 +13,7 @@
 
 mod block;
 mod connection;
+mod counters;
 mod definition;
 mod domain;
 mod error;
@@ -22,12 +23,15 @@ mod guest;
 pub mod image;
 mod lanes;
 mod options;
+mod qcow2;
 mod snapshot;
 mod snapshot_xml;
+mod stamp;
 mod storage;
 
 pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};
+pub use counters::{Counters, counters};
 pub use definition::{
     BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Nvram,
     SharedMemory,

@@ -10,7 +10,7 @@ use super::{caller, errors, reply, spec};
 use crate::{
     flow::Record,
     journal::{RunFilter, RunStatus},
-    planning::{Fault, Reason, request::Action},
+    planning::{Fault, request::Action},
     workflows::{Event, Submission, Workflows},
 };
 
@@ -307,29 +307,4 @@ impl WorkflowService for Service {
                 .collect(),
         }))
     }
-}
-
-/// A page of a list that is held whole: those after `token`, and the next one.
-///
-/// # Errors
-/// When the token is none of this list's.
-pub fn slice<T: Clone>(all: &[T], size: u32, token: &str) -> Result<(Vec<T>, String), Status> {
-    let from: usize = if token.is_empty() {
-        0
-    } else {
-        token.parse().map_err(|_| {
-            failed(Fault::new(
-                Reason::BadRequest,
-                "page_token: is not one that this agent gave out; begin again without it",
-            ))
-        })?
-    };
-    let to = from.saturating_add(size as usize).min(all.len());
-    let page = all.get(from..to).unwrap_or_default().to_vec();
-    let next = if to < all.len() {
-        to.to_string()
-    } else {
-        String::new()
-    };
-    Ok((page, next))
 }

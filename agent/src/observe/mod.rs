@@ -15,7 +15,8 @@ use std::{
 };
 
 use jiff::{Timestamp, tz::TimeZone};
-use vmsnap_hypervisor::{Hypervisor, LinkStatus, Xml};
+use tokio::task::JoinSet;
+use vmsnap_hypervisor::{DiskDefinition, Hypervisor, LinkStatus, Xml};
 
 use crate::{
     config::Config,
@@ -59,6 +60,70 @@ pub struct VmLine {
     pub snapshots: u32,
     /// The run that is changing it.
     pub busy_with: Option<String>,
+}
+
+/// How well libvirt has to be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// For a decision: everything anew.
+    Fresh,
+    /// For a list: what is provably as it was is not asked for again.
+    Known,
+}
+
+/// VMs that are read at a time: as many as libvirt serves on a connection.
+const AT_A_TIME: usize = 4;
+
+/// Does something for each item, some at a time; in the items' order.
+async fn each<T, R, F>(
+    items: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> F,
+) -> Result<Vec<R>, Fault>
+where
+    R: Send + 'static,
+    F: Future<Output = Result<R, Fault>> + Send + 'static,
+{
+    let mut items = items.into_iter().enumerate();
+    // Dropped on an error, and what is still under way with it.
+    let mut running = JoinSet::new();
+    let mut done = BTreeMap::new();
+    loop {
+        while running.len() < AT_A_TIME
+            && let Some((at, item)) = items.next()
+        {
+            let work = work(item);
+            running.spawn(async move { (at, work.await) });
+        }
+        match running.join_next().await {
+            None => return Ok(done.into_values().collect()),
+            Some(Ok((at, result))) => {
+                done.insert(at, result?);
+            }
+            Some(Err(error)) => {
+                return Err(Fault::new(
+                    Reason::Internal,
+                    format!("reading a VM ended early: {error}"),
+                ));
+            }
+        }
+    }
+}
+
+/// The image of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskImage {
+    /// Path.
+    pub path: String,
+    /// The format in which the VM opens it; what the image says of itself may
+    /// be written by the guest.
+    pub format: Option<String>,
+}
+
+fn image_of(disk: DiskDefinition) -> Option<DiskImage> {
+    Some(DiskImage {
+        path: disk.path?,
+        format: disk.format,
+    })
 }
 
 /// Host facts that are only shown.
@@ -162,11 +227,12 @@ impl Observer {
         let snapshots = self.snapshots(&vm).await?;
         let mut storage = self.storage(&request.pool).await?;
         let folders = self.folders(&vm, &snapshots, &storage).await;
-        let users = if needs_users(&request.action) {
-            let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
-            Some(self.users_of_files(looked_up).await?)
-        } else {
-            None
+        let users = match needs_users(&request.action) {
+            Some(reading) => {
+                let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
+                Some(self.users_of_files(looked_up, reading).await?)
+            }
+            None => None,
         };
         if let Some(users) = &users {
             for volume in &mut storage.volumes {
@@ -294,7 +360,7 @@ impl Observer {
         }
         let paths = storage.volumes.iter().map(|volume| volume.path.clone());
         let users = self
-            .users_of_files(paths.collect())
+            .users_of_files(paths.collect(), Reading::Known)
             .await?
             .into_iter()
             .map(|(path, users)| {
@@ -383,7 +449,7 @@ impl Observer {
                     continue;
                 }
                 let stands_on_ours = || async {
-                    vmsnap_hypervisor::image::info(std::path::Path::new(&file))
+                    vmsnap_hypervisor::image::info(std::path::Path::new(&file), None)
                         .await
                         .ok()
                         .and_then(|image| image.backing_path)
@@ -401,30 +467,26 @@ impl Observer {
         Ok(orphans)
     }
 
-    /// Paths of the VM's active images.
+    /// The VM's active images: paths, and formats as the VM opens them.
     ///
     /// # Errors
     /// When libvirt does not answer.
-    pub async fn disk_paths(&self, vm: &str) -> Result<Vec<String>, Fault> {
+    pub async fn disk_images(&self, vm: &str) -> Result<Vec<DiskImage>, Fault> {
         let definition = self.hypervisor.definition(vm, Xml::Inactive).await?;
-        Ok(definition
-            .disks
-            .into_iter()
-            .filter_map(|disk| disk.path)
-            .collect())
+        Ok(definition.disks.into_iter().filter_map(image_of).collect())
     }
 
-    /// Path of one disk's active image.
+    /// One disk's active image.
     ///
     /// # Errors
     /// When libvirt does not answer.
-    pub async fn disk_path(&self, vm: &str, target: &str) -> Result<Option<String>, Fault> {
+    pub async fn disk_image(&self, vm: &str, target: &str) -> Result<Option<DiskImage>, Fault> {
         let definition = self.hypervisor.definition(vm, Xml::Inactive).await?;
         Ok(definition
             .disks
             .into_iter()
             .find(|disk| disk.target == target)
-            .and_then(|disk| disk.path))
+            .and_then(image_of))
     }
 
     /// Disks with files in a definition's XML: target and path.
@@ -441,7 +503,7 @@ impl Observer {
             .collect())
     }
 
-    /// The file that holds a snapshot's data of one disk.
+    /// The image that holds a snapshot's data of one disk.
     ///
     /// # Errors
     /// When libvirt does not answer.
@@ -450,7 +512,7 @@ impl Observer {
         vm: &str,
         snapshot: &str,
         target: &str,
-    ) -> Result<Option<String>, Fault> {
+    ) -> Result<Option<DiskImage>, Fault> {
         let found = self
             .hypervisor
             .snapshots(vm)
@@ -465,7 +527,7 @@ impl Observer {
                     .into_iter()
                     .find(|disk| disk.target == target)
             })
-            .and_then(|disk| disk.path))
+            .and_then(image_of))
     }
 
     /// Gives a new file the owner and permissions of the one that it replaces.
@@ -535,14 +597,16 @@ fn looked_up(
 }
 
 /// Whether a plan of this action may write or delete files that others use.
-fn needs_users(action: &Action) -> bool {
-    match action {
+fn needs_users(action: &Action) -> Option<Reading> {
+    let needed = match action {
         Action::Commit(commit) => {
             commit.all || !commit.name.is_empty() || commit.resize_to.is_some()
         }
-        // A list tells who uses each volume.
-        Action::Cleanup(_) | Action::List(_) => true,
+        Action::Cleanup(_) => true,
+        // A list tells who uses each volume, and decides nothing.
+        Action::List(_) => return Some(Reading::Known),
         Action::Create(create) => create.if_exists == IfExists::Replace,
         Action::Revert(_) | Action::Confirm { .. } => false,
-    }
+    };
+    needed.then_some(Reading::Fresh)
 }

@@ -42,7 +42,7 @@ impl Observer {
         };
         let mut disks = Vec::new();
         for disk in &live.disks {
-            disks.push(self.disk(disk).await);
+            disks.push(self::disk(disk).await);
         }
         let agent = self.agent(name, &live, state).await;
         let frozen = if agent.responding {
@@ -136,39 +136,42 @@ impl Observer {
         }
         jobs
     }
+}
 
-    async fn disk(&self, disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
-        let source = match disk.source {
-            DiskSource::File => Source::File,
-            DiskSource::Block => Source::Block,
-            DiskSource::Network => Source::Network,
-            DiskSource::Volume => Source::Volume,
-            DiskSource::None => Source::Empty,
-            _ => Source::Other,
-        };
-        let path = disk.path.clone().unwrap_or_default();
-        let (chain, chain_problem) = match source {
-            Source::File | Source::Block => match image::chain(Path::new(&path)).await {
+/// A disk with its chain as the images' own headers tell it.
+pub(super) async fn disk(disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
+    let source = match disk.source {
+        DiskSource::File => Source::File,
+        DiskSource::Block => Source::Block,
+        DiskSource::Network => Source::Network,
+        DiskSource::Volume => Source::Volume,
+        DiskSource::None => Source::Empty,
+        _ => Source::Other,
+    };
+    let path = disk.path.clone().unwrap_or_default();
+    let (chain, chain_problem) = match source {
+        Source::File | Source::Block => {
+            match image::chain(Path::new(&path), disk.format.as_deref()).await {
                 Ok(chain) => (chain.into_iter().map(image_fact).collect(), None),
                 Err(error) => (Vec::new(), Some(crate::faults::sentence(&error))),
-            },
-            _ => (Vec::new(), None),
-        };
-        let chain: Vec<Image> = chain;
-        Disk {
-            target: disk.target.clone(),
-            bus: disk.bus.clone().unwrap_or_default(),
-            device: disk.device.clone(),
-            source,
-            format: disk.format.clone().unwrap_or_default(),
-            readonly: disk.readonly,
-            shareable: disk.shareable,
-            transient: disk.transient,
-            virtual_size: chain.first().map_or(0, |image| image.virtual_size),
-            path,
-            chain,
-            chain_problem,
+            }
         }
+        _ => (Vec::new(), None),
+    };
+    let chain: Vec<Image> = chain;
+    Disk {
+        target: disk.target.clone(),
+        bus: disk.bus.clone().unwrap_or_default(),
+        device: disk.device.clone(),
+        source,
+        format: disk.format.clone().unwrap_or_default(),
+        readonly: disk.readonly,
+        shareable: disk.shareable,
+        transient: disk.transient,
+        virtual_size: chain.first().map_or(0, |image| image.virtual_size),
+        path,
+        chain,
+        chain_problem,
     }
 }
 

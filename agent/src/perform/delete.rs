@@ -106,10 +106,10 @@ impl Performer {
             && let Some(facts) = &self.facts
         {
             for (disk, need) in expected {
-                let Ok(Some(path)) = self.observer.disk_path(self.vm(), disk).await else {
+                let Ok(Some(image)) = self.observer.disk_image(self.vm(), disk).await else {
                     continue;
                 };
-                let folder = folder_of(&path);
+                let folder = folder_of(&image.path);
                 if let Some(now) = crate::observe::folder(folder).filter(|now| now.free < *need) {
                     let mut full = files::no_space(facts, folder, *need, now.free);
                     full.message = format!("{}; {}", full.message, faults::sentence(&error));
@@ -134,11 +134,12 @@ impl Performer {
                 .find(|one| one.target == *disk)
                 .and_then(|one| one.data.as_ref());
             let (Some(data), Ok(Some(active))) =
-                (data, self.observer.disk_path(self.vm(), disk).await)
+                (data, self.observer.disk_image(self.vm(), disk).await)
             else {
                 continue;
             };
-            let Ok(chain) = image::chain(Path::new(&active)).await else {
+            let Ok(chain) = image::chain(Path::new(&active.path), active.format.as_deref()).await
+            else {
                 continue;
             };
             let at = chain.iter().position(|image| image.path == *data);

@@ -57,9 +57,10 @@ impl Performer {
         let before = self.known_files();
         let fresh: Vec<String> = self
             .observer
-            .disk_paths(self.vm())
+            .disk_images(self.vm())
             .await?
             .into_iter()
+            .map(|image| image.path)
             .filter(|path| !before.contains(path))
             // Not a disk that the snapshot's definition brought back.
             .filter(|path| second_in(path).is_some_and(|second| second >= began))
@@ -86,10 +87,10 @@ impl Performer {
     async fn pace(&self) -> Result<(), Fault> {
         let last = self
             .observer
-            .disk_paths(self.vm())
+            .disk_images(self.vm())
             .await?
             .iter()
-            .filter_map(|path| second_in(path))
+            .filter_map(|image| second_in(&image.path))
             .max()
             .unwrap_or(0);
         let now = since_epoch();
@@ -194,13 +195,16 @@ impl Performer {
                 )
                 .with("path", path));
             };
-            let fresh = free_path(&data, self.vm(), &target).await;
+            let fresh = free_path(&data.path, self.vm(), &target).await;
             self.journal
                 .note_files(&self.live.id, vec![fresh.clone()])
                 .await?;
-            let base = image::info(Path::new(&data)).await?;
-            image::create_overlay(Path::new(&fresh), Path::new(&data), &base.format).await?;
-            self.observer.same_owner(&data, &fresh)?;
+            let format = match data.format {
+                Some(format) => format,
+                None => image::info(Path::new(&data.path), None).await?.format,
+            };
+            image::create_overlay(Path::new(&fresh), Path::new(&data.path), &format).await?;
+            self.observer.same_owner(&data.path, &fresh)?;
             text = text.replace(&escaped(&path), &escaped(&fresh));
             notes.push(format!(
                 "disk {target} goes on from the snapshot in '{fresh}'"
