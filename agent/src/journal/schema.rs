@@ -9,7 +9,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::JournalError;
 
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE runs (
         id TEXT PRIMARY KEY,
         request_id TEXT NOT NULL,
@@ -55,7 +56,18 @@ const MIGRATIONS: &[&str] = &["
         last INTEGER NOT NULL,
         UNIQUE (reason, subject)
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE guards (
+        run TEXT PRIMARY KEY,
+        vm_uuid TEXT NOT NULL,
+        deadline INTEGER NOT NULL,
+        open INTEGER NOT NULL,
+        body TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX guards_open ON guards (vm_uuid) WHERE open = 1;
+",
+];
 
 /// Opens a database and brings it to the newest schema.
 pub fn open(path: &Path) -> Result<Connection, JournalError> {

@@ -227,6 +227,7 @@ impl Observer {
         let snapshots = self.snapshots(&vm).await?;
         let mut storage = self.storage(&request.pool).await?;
         let folders = self.folders(&vm, &snapshots, &storage).await;
+        let guard = self.journal.open_guard(&vm.uuid).await?;
         let users = match needs_users(&request.action) {
             Some(reading) => {
                 let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
@@ -254,6 +255,7 @@ impl Observer {
             folders,
             users,
             ours: self.journal.noted_files().await?.into_iter().collect(),
+            guard,
             learned: self.journal.learned().await?,
         };
         if let Action::Cleanup(cleanup) = &request.action
@@ -262,6 +264,39 @@ impl Observer {
             facts.storage.orphans = Some(self.orphans(&facts).await?);
         }
         Ok(facts)
+    }
+
+    /// What tells whether somebody changed a VM's definition or its snapshots.
+    ///
+    /// # Errors
+    /// When there is no such VM, or libvirt does not answer.
+    pub async fn fingerprint(&self, vm: &str) -> Result<String, Fault> {
+        use sha2::{Digest as _, Sha256};
+        let mut hash = Sha256::new();
+        // A transient VM has no definition beside its present one, which changes
+        // by itself.
+        if self.hypervisor.domain(vm).await?.persistent {
+            hash.update(self.hypervisor.domain_xml(vm, Xml::Inactive).await?);
+        }
+        let mut snapshots: Vec<String> = self
+            .hypervisor
+            .snapshots(vm)
+            .await?
+            .into_iter()
+            .map(|it| {
+                let parent = it.parent.unwrap_or_default();
+                format!("{}\n{parent}\n{}\n", it.name, it.creation_time)
+            })
+            .collect();
+        snapshots.sort();
+        for snapshot in snapshots {
+            hash.update(snapshot);
+        }
+        Ok(hash
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect())
     }
 
     /// One VM; an error for a name that is not there names the nearest.

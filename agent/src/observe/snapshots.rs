@@ -110,6 +110,7 @@ impl Observer {
             .into_iter()
             .collect();
         let ours = self.journal.noted_files().await?;
+        let guard = self.journal.open_guard(uuid).await?;
         let files = look(active, listed, &records).await;
         let mut all: Vec<Snapshot> = listed
             .iter()
@@ -150,6 +151,12 @@ impl Observer {
             .collect();
         for (snapshot, health) in all.iter_mut().zip(healths) {
             snapshot.health = health;
+            snapshot.guard = guard
+                .as_ref()
+                .filter(|guard| {
+                    guard.snapshot == snapshot.name && guard.created == snapshot.created.as_second()
+                })
+                .map(|guard| guard.deadline);
             snapshot.size = files.size_of(snapshot);
             snapshot.mistaken_for = files.mistaken_for(snapshot);
         }

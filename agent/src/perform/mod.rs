@@ -7,6 +7,7 @@
 mod conclude;
 mod create;
 mod delete;
+mod guard;
 mod guest;
 mod hold;
 mod revert;
@@ -134,6 +135,12 @@ impl Performer {
                 ..
             } => self.revert(name, *running, *paused, *force).await,
             Step::RestoreNvram { from, to } => self.restore_nvram(from, to).await,
+            Step::ArmGuard {
+                snapshot,
+                within_ms,
+                created_by,
+            } => self.arm(snapshot, *within_ms, *created_by, done).await,
+            Step::EndGuard { snapshot, state } => self.end_guard(snapshot, *state).await,
             Step::SyncClock => self.sync_clock().await,
             Step::DeleteSnapshot {
                 name,
@@ -211,6 +218,8 @@ impl Perform<Snapshots> for Performer {
                 name, definition, ..
             } => self.undo_revert(name, *definition, done).await,
             Step::DeleteSnapshot { boots_helper, .. } => self.undo_delete(*boots_helper).await,
+            Step::ArmGuard { .. } => self.disarm().await,
+            Step::EndGuard { snapshot, .. } => self.arm_again(snapshot).await,
             _ => Ok("nothing to undo".into()),
         }
     }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::issues::Learned;
+use super::{guard::Guard, issues::Learned};
 
 /// Everything a plan may depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct Facts {
     /// Files that this agent's journal says it made, or had libvirt make.
     #[serde(default)]
     pub ours: BTreeSet<String>,
+    /// The open guard on this VM.
+    #[serde(default)]
+    pub guard: Option<Guard>,
     /// What this host taught.
     #[serde(default)]
     pub learned: Vec<Learned>,

@@ -9,6 +9,7 @@
 pub mod actions;
 pub mod facts;
 pub mod files;
+pub mod guard;
 pub mod health;
 pub mod issues;
 pub mod names;

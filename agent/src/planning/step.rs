@@ -4,10 +4,13 @@
 //! interface: a field is only ever added. A step says what is meant;
 //! `perform` knows how it is done and undone.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use vmsnap_engine::Hold;
 
-use super::{facts::Consistency, outcome::GuestReport, reason::Fault, request::WaitFor};
+use super::{
+    facts::Consistency, guard::GuardState, outcome::GuestReport, reason::Fault, request::WaitFor,
+};
 
 /// Where the memory of a new snapshot goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,6 +141,22 @@ pub enum Step {
         /// The VM's file.
         to: String,
     },
+    /// Arms a guard: without a confirmation the agent reverts by itself.
+    ArmGuard {
+        /// The snapshot that is gone back to.
+        snapshot: String,
+        /// How long it may take to confirm, in milliseconds.
+        within_ms: u64,
+        /// Index of the step that made the snapshot.
+        created_by: usize,
+    },
+    /// Ends an open guard.
+    EndGuard {
+        /// Its snapshot.
+        snapshot: String,
+        /// How it ends.
+        state: GuardState,
+    },
     /// Sets the guest's clock.
     SyncClock,
     /// Deletes a snapshot through libvirt, which merges its data where others
@@ -219,6 +238,12 @@ impl Step {
             Self::KeepDefinition => "keep the definition".into(),
             Self::Revert { name, .. } => format!("revert to snapshot {name}"),
             Self::RestoreNvram { .. } => "put the UEFI variables back".into(),
+            Self::ArmGuard { snapshot, .. } => {
+                format!("revert to {snapshot} unless the change is confirmed")
+            }
+            Self::EndGuard { snapshot, state } => {
+                format!("end the guard of {snapshot}: {}", state.name())
+            }
             Self::SyncClock => "set the guest's clock".into(),
             Self::DeleteSnapshot {
                 name,
@@ -241,6 +266,8 @@ impl Step {
             Self::CopyNvram { .. } => "delete the copy",
             Self::CreateSnapshot(_) => "remove what was made of the snapshot",
             Self::RecordSnapshot(_) => "forget the record",
+            Self::ArmGuard { .. } => "disarm the guard",
+            Self::EndGuard { .. } => "arm the guard again",
             Self::Revert { .. } => "put definition and files in agreement",
             _ => "",
         }
@@ -270,6 +297,8 @@ impl vmsnap_engine::Step for Step {
             Self::KeepDefinition => "keep-definition",
             Self::Revert { .. } => "revert",
             Self::RestoreNvram { .. } => "restore-nvram",
+            Self::ArmGuard { .. } => "arm-guard",
+            Self::EndGuard { .. } => "end-guard",
             Self::SyncClock => "sync-clock",
             Self::DeleteSnapshot { .. } => "delete-snapshot",
             Self::Resize { .. } => "resize",
@@ -374,6 +403,11 @@ pub enum Done {
         /// For a person.
         note: String,
     },
+    /// A guard was armed.
+    Guarded {
+        /// Until when the change has to be confirmed.
+        deadline: Timestamp,
+    },
     /// A snapshot was deleted.
     Deleted {
         /// Bytes merged.
@@ -400,6 +434,7 @@ impl Done {
             Self::Definition { .. } => String::new(),
             Self::Guest { report } => format!("ready after {} ms", report.ready_ms),
             Self::Late { fault, .. } => fault.message.clone(),
+            Self::Guarded { deadline } => format!("to be confirmed until {deadline}"),
             Self::Deleted { merged_bytes: 0 } => String::new(),
             Self::Deleted { merged_bytes } => format!("{merged_bytes} bytes merged"),
             Self::Resized { bytes } => format!("the disk has {bytes} bytes"),

@@ -104,6 +104,7 @@ fn quiet() -> Facts {
         )]),
         users: Some(BTreeMap::new()),
         ours: BTreeSet::new(),
+        guard: None,
         learned: Vec::new(),
     }
 }

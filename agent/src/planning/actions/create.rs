@@ -76,6 +76,23 @@ pub fn draft(request: &Request, create: &Create, facts: &Facts) -> Result<Draft,
     let state = checks::start_first(request, facts, &mut draft)?;
     let started = state != facts.vm.state;
     snapshot(&create, state, started, false, facts, &mut draft)?;
+    if let Some(within) = create.revert_unless_confirmed {
+        let created_by = draft
+            .steps
+            .iter()
+            .rposition(|step| matches!(step, Step::CreateSnapshot(_)))
+            .unwrap_or_default();
+        draft.push(Step::ArmGuard {
+            snapshot: create.name.clone(),
+            within_ms: checks::millis(within),
+            created_by,
+        });
+        draft.change(
+            format!("guard.{}", create.name),
+            None,
+            Some(format!("{} to confirm", checks::for_people(within))),
+        );
+    }
     checks::wait_for(create.wait_for, create.wait_timeout, &mut draft);
     Ok(draft)
 }
@@ -156,6 +173,22 @@ fn existing(create: &Create, facts: &Facts, mut draft: Draft) -> Result<Draft, F
     }
     if create.protected && !record.is_some_and(|record| record.protected) {
         return conflict("it is not protected and protected is asked for".into());
+    }
+    if create.revert_unless_confirmed.is_some()
+        && facts
+            .guard
+            .as_ref()
+            .is_none_or(|guard| guard.snapshot != found.name)
+    {
+        draft.warn(
+            "GUARD_NOT_ARMED",
+            format!(
+                "snapshot '{}' exists already, so nothing is guarded: what happened since it was \
+                 made is not known",
+                found.name
+            ),
+            "choose another name, or if_exists replace",
+        );
     }
     draft.warn(
         "SNAPSHOT_EXISTS",

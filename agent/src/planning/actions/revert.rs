@@ -7,6 +7,7 @@ use crate::planning::{
     actions::{checks, create},
     facts::{Facts, Kind, Memory, Snapshot, VmState, folder_of},
     files::{Files, OVERLAY_BYTES},
+    guard::{self, GuardState},
     names,
     plan::Draft,
     reason::{Fault, Reason},
@@ -64,6 +65,9 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         force: revert.force,
         definition,
     });
+    if let Some(step) = guard::end(facts, &snapshot.name, GuardState::Reverted) {
+        draft.push(step);
+    }
     let copy = snapshot
         .record
         .as_ref()
