@@ -139,6 +139,9 @@ pub struct SnapshotDiskInfo {
 pub struct SnapshotInfo {
     /// Name.
     pub name: String,
+    /// The domain was off: libvirt keeps one definition and not two
+    /// (`<inactiveDomain>` is missing).
+    pub made_off: bool,
     /// Parent.
     pub parent: Option<String>,
     /// Description.

@@ -126,6 +126,7 @@ pub(crate) fn parse(xml: &str) -> Result<SnapshotInfo, Fault> {
             Some(domain) => Some(definition::domain(domain)?),
             None => None,
         },
+        made_off: child(root, "inactiveDomain").is_none(),
     })
 }
 

@@ -379,6 +379,7 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
             .iter()
             .filter_map(|disk| Some((disk.target.clone(), disk.file.clone()?)))
             .collect(),
+        made_off: info.made_off,
         current: info.is_current,
         health: Health::Whole,
         size: 0,

@@ -438,6 +438,8 @@ pub struct Snapshot {
     pub disks: Vec<SnapshotDisk>,
     /// Overlays that libvirt put on its data when it was reverted to.
     pub revert_overlays: Vec<(String, String)>,
+    /// libvirt made it while the VM was off.
+    pub made_off: bool,
     /// The VM's present state descends from it.
     pub current: bool,
     /// Whether it can be brought back.
