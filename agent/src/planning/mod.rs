@@ -11,6 +11,7 @@ pub mod facts;
 pub mod files;
 pub mod health;
 pub mod issues;
+pub mod lineage;
 pub mod names;
 pub mod outcome;
 pub mod plan;

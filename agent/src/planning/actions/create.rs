@@ -76,7 +76,7 @@ pub fn draft(request: &Request, create: &Create, facts: &Facts) -> Result<Draft,
     let state = checks::start_first(request, facts, &mut draft)?;
     let started = state != facts.vm.state;
     snapshot(&create, state, started, false, facts, &mut draft)?;
-    checks::wait_for(create.wait_for, create.wait_timeout, &mut draft);
+    checks::wait_for(create.wait_for, create.wait_timeout, state, &mut draft);
     Ok(draft)
 }
 
