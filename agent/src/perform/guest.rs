@@ -6,7 +6,10 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tokio::{io::AsyncReadExt as _, net::TcpStream};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{DomainState, ErrorKind};
 
@@ -21,7 +24,11 @@ const ANSWER: Duration = Duration::from_secs(3);
 /// Pause between two tries.
 const AGAIN: Duration = Duration::from_millis(200);
 /// How long one try to reach ssh may take.
-const GREETING: Duration = Duration::from_secs(2);
+const GREETED: Duration = Duration::from_secs(2);
+/// What we say to an ssh server.
+const GREETING: &[u8] = b"SSH-2.0-vmsnap\r\n";
+/// How much an ssh server may say before its own greeting.
+const PREAMBLE: usize = 4096;
 /// How long a guest agent may take to connect after the guest's memory was loaded;
 /// 0.1 to 0.4 s were measured.
 const CONNECTS: Duration = Duration::from_secs(5);
@@ -265,19 +272,44 @@ fn millis_since_epoch(time: SystemTime) -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Whether an ssh server greets on one of the addresses.
+/// Whether an ssh server greets on one of the addresses. It may wait for us to
+/// greet first: dropbear's connection is not even accepted before.
 async fn greeted(addresses: &[String]) -> bool {
     for address in addresses {
         let greeting = async {
             let ip: std::net::IpAddr = address.parse().ok()?;
             let mut stream = TcpStream::connect((ip, 22)).await.ok()?;
-            let mut start = [0_u8; 4];
-            stream.read_exact(&mut start).await.ok()?;
-            (start == *b"SSH-").then_some(())
+            stream.write_all(GREETING).await.ok()?;
+            let mut said = Vec::new();
+            // Other lines may come before (RFC 4253, section 4.2).
+            while said.len() < PREAMBLE && !greets(&said) {
+                if stream.read_buf(&mut said).await.ok()? == 0 {
+                    break;
+                }
+            }
+            greets(&said).then_some(())
         };
-        if let Ok(Some(())) = tokio::time::timeout(GREETING, greeting).await {
+        if let Ok(Some(())) = tokio::time::timeout(GREETED, greeting).await {
             return true;
         }
     }
     false
+}
+
+/// Whether a line begins as an ssh server's does.
+fn greets(said: &[u8]) -> bool {
+    said.split(|byte| *byte == b'\n')
+        .any(|line| line.starts_with(b"SSH-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::greets;
+
+    #[test]
+    fn an_ssh_server_is_known_by_a_line_of_its_own() {
+        assert!(greets(b"SSH-2.0-dropbear"));
+        assert!(greets(b"welcome\r\nSSH-2.0-OpenSSH_9.2\r\n"));
+        assert!(!greets(b"") && !greets(b"SS") && !greets(b"220 SSH-like ftp"));
+    }
 }

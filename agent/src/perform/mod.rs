@@ -90,6 +90,12 @@ impl Performer {
         self.went_through.load(Ordering::Relaxed)
     }
 
+    /// Whether a start comes after a revert.
+    fn reverts(&self) -> bool {
+        let mut steps = self.plan.steps.iter();
+        steps.any(|step| matches!(step, Step::Revert { .. }))
+    }
+
     fn notice(&self, code: &str, message: impl Into<String>, advice: impl Into<String>) {
         lock(&self.notices).push(Warning::new(code, message, advice));
     }
@@ -121,7 +127,15 @@ impl Performer {
                 self.hypervisor.managed_save_remove(self.vm()).await?;
                 Ok(plain("the saved memory is gone"))
             }
-            Step::Start { paused } => self.start(*paused).await,
+            Step::Start { paused } => self.start(*paused).await.map_err(|fault| {
+                if self.reverts() {
+                    let message =
+                        format!("{}; the revert is done, and the VM is off", fault.message);
+                    Fault { message, ..fault }
+                } else {
+                    fault
+                }
+            }),
             Step::Stop => {
                 self.hypervisor.destroy(self.vm()).await?;
                 Ok(plain(""))

@@ -149,8 +149,8 @@ fn written_below(
 /// made on it; then that snapshot, a child, names it as its data.
 ///
 /// Where all later snapshots were merged into such an overlay, no metadata names
-/// it any more: the current snapshot's own is then known by this agent's journal,
-/// or by the name that libvirt gives it.
+/// it any more: the current snapshot's own (any one's, when none is current) is
+/// then known by this agent's journal, or by the name that libvirt gives it.
 fn merged_away(
     target: &str,
     data: &str,
@@ -188,7 +188,7 @@ fn merged_away(
                     .filter(|child| child.parent.as_ref() == Some(&other.name))
                     .flat_map(|child| &child.disks)
                     .any(|disk| disk.target == target && disk.data.as_ref() == Some(above))
-                || (other.current
+                || ((other.current || !all.iter().any(|one| one.current))
                     && *above == disk.path
                     && own_is_elsewhere(other, target, all, &files.missing)
                     && (files.ours.contains(above.as_str())
