@@ -147,6 +147,7 @@ fn the_diff_shows_what_of_the_stored_definition_is_taken_back() {
     then.push(disk("sdb", "cdrom", None));
     let mut back = facts.snapshots[0].disks[0].clone();
     back.target = "vdb".into();
+    back.data = Some(path("back.qcow2"));
     facts.snapshots[0].disks.push(back);
     facts.snapshots[0].media = vec![("sda".into(), path("old.iso"))];
     let now = &mut facts.vm.definition;
