@@ -106,8 +106,10 @@ pub struct DomainDefinition {
     pub kind: Option<String>,
     /// Memory at most, in KiB.
     pub memory_kib: Option<u64>,
-    /// vCPUs.
+    /// vCPUs at most.
     pub vcpus: Option<u32>,
+    /// vCPUs that are plugged in when it starts; all when absent.
+    pub vcpus_at_start: Option<u32>,
     /// Machine type.
     pub machine: Option<String>,
     /// Architecture.
@@ -116,6 +118,8 @@ pub struct DomainDefinition {
     pub firmware: Option<String>,
     /// Loader type: `pflash` or `rom`.
     pub loader: Option<String>,
+    /// File of the loader.
+    pub loader_path: Option<String>,
     /// UEFI variables.
     pub nvram: Option<Nvram>,
     /// Kernel that is booted directly.
@@ -268,12 +272,18 @@ pub(crate) fn domain(root: Node<'_, '_>) -> Result<DomainDefinition, Fault> {
         kind: root.attribute("type").map(own),
         memory_kib: child(root, "memory").and_then(kib),
         vcpus: child_text(root, "vcpu").and_then(|text| text.parse().ok()),
+        vcpus_at_start: child(root, "vcpu")
+            .and_then(|vcpu| vcpu.attribute("current")?.parse().ok()),
         machine: os_type.and_then(|it| it.attribute("machine")).map(own),
         arch: os_type.and_then(|it| it.attribute("arch")).map(own),
         firmware: os.and_then(|os| os.attribute("firmware")).map(own),
         loader: os
             .and_then(|os| child(os, "loader"))
             .and_then(|loader| loader.attribute("type"))
+            .map(own),
+        loader_path: os
+            .and_then(|os| child_text(os, "loader"))
+            .filter(|path| !path.is_empty())
             .map(own),
         nvram: os.and_then(|os| child(os, "nvram")).map(|nvram| Nvram {
             path: child(nvram, "source")
@@ -398,7 +408,7 @@ mod tests {
     use super::*;
 
     const XML: &str = "<domain type='kvm'><name>a &amp; b</name><memory unit='MiB'>128</memory>
-      <vcpu>2</vcpu><os firmware='efi'><type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
+      <vcpu current='1'>2</vcpu><os firmware='efi'><type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
       <loader type='pflash' readonly='yes'>/x</loader><nvram format='qcow2'>/n.fd</nvram></os>
       <devices>
        <disk type='file' device='disk'><driver type='qcow2'/><source file='/b.qcow2'/>
@@ -422,6 +432,8 @@ mod tests {
         let domain = DomainDefinition::parse(XML).unwrap();
         assert_eq!(domain.name, "a & b");
         assert_eq!((domain.memory_kib, domain.vcpus), (Some(131_072), Some(2)));
+        assert_eq!(domain.vcpus_at_start, Some(1));
+        assert_eq!(domain.loader_path.as_deref(), Some("/x"));
         assert!(domain.is_uefi());
         assert_eq!(
             domain.nvram.as_ref().unwrap().format.as_deref(),

@@ -75,6 +75,14 @@ impl StateReason {
         self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_USER as c_int
     }
 
+    /// Paused while its memory is loaded or carried away. A revert to memory that
+    /// libvirt gave up stays like this, on the very images that the snapshot
+    /// needs.
+    #[must_use]
+    pub fn is_migrating(self) -> bool {
+        self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_MIGRATION as c_int
+    }
+
     /// Paused because its storage failed.
     #[must_use]
     pub fn is_io_error(self) -> bool {
@@ -148,6 +156,8 @@ pub struct DomainSummary {
     pub state: DomainState,
     /// Why.
     pub reason: StateReason,
+    /// Number that libvirt gave to this run of it; `None` while it is off.
+    pub id: Option<u32>,
     /// Defined, rather than gone when it stops.
     pub persistent: bool,
     /// Starts with the host.
@@ -229,6 +239,7 @@ fn summary(domain: &Domain) -> Result<DomainSummary, Fault> {
         uuid: domain.uuid_string()?,
         state,
         reason,
+        id: domain.id(),
         persistent,
         // A transient domain has neither.
         autostart: persistent && domain.autostart().unwrap_or(false),

@@ -24,6 +24,7 @@ pub mod image;
 mod lanes;
 mod options;
 mod qcow2;
+pub mod saved;
 mod snapshot;
 mod snapshot_xml;
 mod stamp;

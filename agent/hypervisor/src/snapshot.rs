@@ -139,9 +139,6 @@ pub struct SnapshotDiskInfo {
 pub struct SnapshotInfo {
     /// Name.
     pub name: String,
-    /// The domain was off: libvirt keeps one definition and not two
-    /// (`<inactiveDomain>` is missing).
-    pub made_off: bool,
     /// Parent.
     pub parent: Option<String>,
     /// Description.
@@ -158,8 +155,11 @@ pub struct SnapshotInfo {
     pub revert_disks: Vec<SnapshotDiskInfo>,
     /// The domain's present state descends from it.
     pub is_current: bool,
-    /// The domain as it was.
+    /// The definition that a revert brings back.
     pub definition: Option<DomainDefinition>,
+    /// The domain as it ran, where that is kept beside its definition: what a
+    /// revert to saved memory starts.
+    pub live: Option<DomainDefinition>,
 }
 
 /// How to revert.
@@ -429,6 +429,71 @@ impl Hypervisor {
         self.transfer("revert", name, move |domain| {
             let _changing = Changing(inner, domain);
             Ok(Domain::lookup_snapshot_by_name(domain, &snapshot, 0)?.revert(flags)?)
+        })
+        .await
+    }
+
+    /// libvirt's whole record of a snapshot, passwords included: what
+    /// [`Hypervisor::redefine_snapshot`] takes.
+    ///
+    /// # Errors
+    /// When there is no such snapshot, or libvirt does not answer.
+    pub async fn snapshot_xml(&self, name: &str, snapshot: &str) -> Result<String, Error> {
+        let snapshot = snapshot.to_owned();
+        self.read_domain("read a snapshot of", name, move |domain| {
+            Ok(Domain::lookup_snapshot_by_name(domain, &snapshot, 0)?
+                .xml_desc(sys::VIR_DOMAIN_SNAPSHOT_XML_SECURE)?)
+        })
+        .await
+    }
+
+    /// The record of a snapshot with other overlays (target and file) of the
+    /// present state: those are what libvirt deletes on the next revert.
+    ///
+    /// # Errors
+    /// When the record cannot be understood.
+    pub fn with_revert_overlays(xml: &str, overlays: &[(String, String)]) -> Result<String, Error> {
+        snapshot_xml::with_revert_overlays(xml, overlays)
+            .map_err(|fault| Error::new("understand", "a snapshot's record", fault))
+    }
+
+    /// Files of all overlays that a snapshot's record names.
+    ///
+    /// # Errors
+    /// When the record cannot be understood.
+    pub fn overlays_of_record(xml: &str) -> Result<Vec<String>, Error> {
+        let snapshot = snapshot_xml::parse(xml)
+            .map_err(|fault| Error::new("understand", "a snapshot's record", fault))?;
+        Ok(snapshot
+            .disks
+            .into_iter()
+            .chain(snapshot.revert_disks)
+            .filter(|disk| disk.mode == SnapshotMode::External)
+            .filter_map(|disk| disk.file)
+            .collect())
+    }
+
+    /// Replaces libvirt's record of a snapshot, on disk too; no image is
+    /// touched.
+    ///
+    /// # Errors
+    /// When libvirt refuses the record or cannot write it.
+    pub async fn redefine_snapshot(
+        &self,
+        name: &str,
+        xml: &str,
+        current: bool,
+    ) -> Result<(), Error> {
+        let xml = xml.to_owned();
+        let mut flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE;
+        if current {
+            flags |= sys::VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT;
+        }
+        let inner = Arc::downgrade(&self.0);
+        self.effect("record a snapshot of", name, move |domain| {
+            let _changing = Changing(inner, domain);
+            domain.create_snapshot_xml(&xml, flags)?;
+            Ok(())
         })
         .await
     }

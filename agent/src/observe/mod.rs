@@ -39,6 +39,9 @@ pub struct Observer {
     journal: Journal,
     max_chain: u32,
     storage_exclusive: bool,
+    /// libvirt runs as the agent's own user, or the agent as root: what the agent
+    /// may not do, libvirt may not either.
+    same_rights: bool,
 }
 
 /// A VM in a list.
@@ -152,6 +155,8 @@ impl Observer {
             journal,
             max_chain: config.limits.max_chain,
             storage_exclusive: config.storage.exclusive,
+            same_rights: config.libvirt.uri.contains("/session")
+                || rustix::process::geteuid().is_root(),
         }
     }
 
@@ -427,6 +432,14 @@ impl Observer {
         }
         for snapshot in snapshots {
             snapshot.media.iter().for_each(|(_, path)| add(path));
+            snapshot
+                .definition
+                .disks
+                .iter()
+                .filter_map(|disk| disk.path.as_ref())
+                .chain(snapshot.definition.boot.iter().map(|(_, path)| path))
+                .chain(&snapshot.definition.nvram)
+                .for_each(|path| add(path));
             files_of(snapshot).for_each(&mut add);
         }
         for volume in &storage.volumes {
@@ -441,6 +454,7 @@ impl Observer {
             .filter(|pool| pool.active)
             .filter_map(|pool| Some((pool.path?, pool.name)))
             .collect();
+        let same_rights = self.same_rights;
         let read = tokio::task::spawn_blocking(move || {
             paths
                 .into_iter()
@@ -449,7 +463,8 @@ impl Observer {
                         .iter()
                         .find(|(folder, _)| *folder == path)
                         .map(|(_, name)| name.clone());
-                    let folder = folders::read(&path, pool)?;
+                    let mut folder = folders::read(&path, pool)?;
+                    folder.denied &= same_rights;
                     Some((path, folder))
                 })
                 .collect()
@@ -524,45 +539,18 @@ impl Observer {
             .and_then(image_of))
     }
 
-    /// Disks with files in a definition's XML: target and path.
+    /// Disks with files in a definition's XML: target and image.
     ///
     /// # Errors
     /// When it cannot be understood.
-    pub fn disks_of_xml(&self, xml: &str) -> Result<Vec<(String, String)>, Fault> {
+    pub fn disks_of_xml(&self, xml: &str) -> Result<Vec<(String, DiskImage)>, Fault> {
         let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
         Ok(definition
             .disks
             .into_iter()
             .filter(|disk| disk.source == vmsnap_hypervisor::DiskSource::File)
-            .filter_map(|disk| Some((disk.target, disk.path?)))
+            .filter_map(|disk| Some((disk.target.clone(), image_of(disk)?)))
             .collect())
-    }
-
-    /// The image that holds a snapshot's data of one disk.
-    ///
-    /// # Errors
-    /// When libvirt does not answer.
-    pub async fn snapshot_data(
-        &self,
-        vm: &str,
-        snapshot: &str,
-        target: &str,
-    ) -> Result<Option<DiskImage>, Fault> {
-        let found = self
-            .hypervisor
-            .snapshots(vm)
-            .await?
-            .into_iter()
-            .find(|found| found.name == snapshot);
-        Ok(found
-            .and_then(|found| found.definition)
-            .and_then(|definition| {
-                definition
-                    .disks
-                    .into_iter()
-                    .find(|disk| disk.target == target)
-            })
-            .and_then(image_of))
     }
 
     /// Gives a new file the owner and permissions of the one that it replaces.

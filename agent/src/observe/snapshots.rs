@@ -10,7 +10,9 @@ use vmsnap_hypervisor::{
 use super::{Observer, Reading, each, vm};
 use crate::planning::{
     Fault, Reason,
-    facts::{Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState},
+    facts::{
+        Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState, held_by,
+    },
     health,
 };
 
@@ -161,6 +163,30 @@ impl Observer {
             snapshot.mistaken_for = files.mistaken_for(snapshot);
         }
         Ok(all)
+    }
+
+    /// The first disk of a VM, in one of its definitions, on an image that has to
+    /// stand still: its target, the image, and the snapshot whose data lies there.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn frozen_image(
+        &self,
+        vm: &str,
+        which: Xml,
+    ) -> Result<Option<(String, String, String)>, Fault> {
+        let definition = self.hypervisor.definition(vm, which).await?;
+        let listed = self.hypervisor.snapshots(vm).await?;
+        let all: Vec<Snapshot> = listed.iter().map(|info| fact(info, None)).collect();
+        Ok(vm::definition(&definition)
+            .disks
+            .into_iter()
+            .filter(|disk| !disk.only_read())
+            .find_map(|disk| {
+                let path = disk.path?;
+                let snapshot = held_by(&all, &disk.target, &path)?.name.clone();
+                Some((disk.target, path, snapshot))
+            }))
     }
 }
 
@@ -379,31 +405,39 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
             .iter()
             .filter_map(|disk| Some((disk.target.clone(), disk.file.clone()?)))
             .collect(),
-        made_off: info.made_off,
+        // libvirt keeps one definition then, and else two.
+        made_off: info.live.is_none(),
         current: info.is_current,
         health: Health::Whole,
         size: 0,
         record: record
             .filter(|record| record.created == info.creation_time)
             .cloned(),
-        machine: definition
-            .and_then(|definition| definition.machine.clone())
-            .unwrap_or_default(),
-        vm_memory: definition
-            .and_then(|definition| definition.memory_kib)
-            .map_or(0, |kib| kib.saturating_mul(1024)),
-        vm_vcpus: definition
-            .and_then(|definition| definition.vcpus)
-            .unwrap_or(0),
-        media: definition
-            .into_iter()
-            .flat_map(|definition| &definition.disks)
-            .filter(|disk| disk.only_read())
-            .filter_map(|disk| Some((disk.target.clone(), disk.path.clone()?)))
-            .collect(),
+        definition: definition.map(vm::definition).unwrap_or_default(),
+        media: media(info),
         mistaken_for: None,
         guard: None,
     }
+}
+
+/// Drives with media and read-only disks in a snapshot. A revert to memory starts the VM as it ran, so
+/// a medium that was put in while it ran counts too.
+fn media(info: &SnapshotInfo) -> Vec<(String, String)> {
+    let live = match info.memory {
+        SnapshotMemoryInfo::None => None,
+        _ => info.live.as_ref(),
+    };
+    let mut media: Vec<(String, String)> = Vec::new();
+    for definition in info.definition.iter().chain(live) {
+        for disk in vm::definition(definition).disks {
+            if let (true, Some(path)) = (disk.only_read(), disk.path)
+                && !media.iter().any(|(_, known)| *known == path)
+            {
+                media.push((disk.target, path));
+            }
+        }
+    }
+    media
 }
 
 /// Parents before children, older before newer; what hangs on a missing or

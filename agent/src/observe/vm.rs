@@ -7,7 +7,10 @@ use vmsnap_hypervisor::{DiskSource, DomainDefinition, DomainState, FreezeStatus,
 use super::Observer;
 use crate::planning::{
     Fault,
-    facts::{Agent, BlockJob, Disk, Firmware, Image, Memtune, Source, Vcpu, Vm, VmState},
+    facts::{
+        Agent, BlockJob, DefinedDisk, Definition, Disk, Firmware, Image, Memtune, Source, Vcpu, Vm,
+        VmState,
+    },
 };
 
 /// How long the guest agent may take to answer a ping.
@@ -87,8 +90,10 @@ impl Observer {
             },
             not_migratable: live.not_migratable(),
             differing: inactive
-                .map(|inactive| differing(&live, &inactive))
+                .as_ref()
+                .map(|inactive| differing(&live, inactive))
                 .unwrap_or_default(),
+            definition: definition(inactive.as_ref().unwrap_or(&live)),
             disks,
             agent,
             frozen,
@@ -140,14 +145,7 @@ impl Observer {
 
 /// A disk with its chain as the images' own headers tell it.
 pub(super) async fn disk(disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
-    let source = match disk.source {
-        DiskSource::File => Source::File,
-        DiskSource::Block => Source::Block,
-        DiskSource::Network => Source::Network,
-        DiskSource::Volume => Source::Volume,
-        DiskSource::None => Source::Empty,
-        _ => Source::Other,
-    };
+    let source = source(disk.source);
     let path = disk.path.clone().unwrap_or_default();
     let (chain, chain_problem) = match source {
         Source::File | Source::Block => {
@@ -201,6 +199,49 @@ fn firmware(definition: &DomainDefinition) -> Firmware {
             .and_then(|nvram| nvram.format.clone())
             .unwrap_or_else(|| "raw".into()),
         vtpm: definition.has_emulated_tpm(),
+    }
+}
+
+fn source(source: DiskSource) -> Source {
+    match source {
+        DiskSource::File => Source::File,
+        DiskSource::Block => Source::Block,
+        DiskSource::Network => Source::Network,
+        DiskSource::Volume => Source::Volume,
+        DiskSource::None => Source::Empty,
+        _ => Source::Other,
+    }
+}
+
+/// A definition as facts.
+pub(super) fn definition(of: &DomainDefinition) -> Definition {
+    let boot = [
+        ("kernel", &of.kernel),
+        ("initial ramdisk", &of.initrd),
+        ("firmware", &of.loader_path),
+    ];
+    Definition {
+        memory: of.memory_kib.unwrap_or(0).saturating_mul(1024),
+        vcpus: of.vcpus.unwrap_or(0),
+        vcpus_at_start: of.vcpus_at_start.or(of.vcpus).unwrap_or(0),
+        machine: of.machine.clone().unwrap_or_default(),
+        nvram: of.nvram.as_ref().and_then(|nvram| nvram.path.clone()),
+        agent: of.guest_agent().is_some(),
+        disks: of
+            .disks
+            .iter()
+            .map(|disk| DefinedDisk {
+                target: disk.target.clone(),
+                device: disk.device.clone(),
+                source: source(disk.source),
+                path: disk.path.clone(),
+                readonly: disk.readonly,
+            })
+            .collect(),
+        boot: boot
+            .into_iter()
+            .filter_map(|(what, path)| Some((what.to_owned(), path.clone()?)))
+            .collect(),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     planning::{
         Done, Fault,
         facts::{VmState, folder_of},
-        files,
+        files, tree,
     },
 };
 
@@ -91,6 +91,9 @@ impl Performer {
         // libvirt removes overlays and memory; copies of UEFI variables are ours.
         self.remove_unused(files).await?;
         self.forget_gone().await?;
+        if self.has_siblings(name) {
+            self.mend_if_needed().await?;
+        }
         Ok(Done::Deleted {
             merged_bytes: merged.values().sum(),
         })
@@ -118,6 +121,15 @@ impl Performer {
             }
         }
         error.into()
+    }
+
+    /// Whether other snapshots have the same parent: then libvirt forgets which
+    /// overlay of the parent the present state is on.
+    fn has_siblings(&self, name: &str) -> bool {
+        self.facts.as_ref().is_some_and(|facts| {
+            let parent = facts.snapshot(name).and_then(|one| one.parent.as_deref());
+            parent.is_some_and(|parent| tree::children(facts, parent).len() > 1)
+        })
     }
 
     /// Bytes that the overlay over a snapshot's data takes now, by disk: what its

@@ -140,7 +140,7 @@ fn written_below(
                 .into_iter()
                 .filter(|image| *image == disk.path || holds_data(image)),
         )
-        .find_map(|image| merged_away(target, image, all, disks, &files.ours))
+        .find_map(|image| merged_away(target, image, all, disks, files))
 }
 
 /// Why newer data must be expected in `data`, if so: it is the active image of
@@ -149,19 +149,19 @@ fn written_below(
 /// made on it; then that snapshot, a child, names it as its data.
 ///
 /// Where all later snapshots were merged into such an overlay, no metadata names
-/// it any more: the current snapshot's own is then known by this agent's journal,
-/// or by the name that libvirt gives it.
+/// it any more: the current snapshot's own (any one's, when none is current) is
+/// then known by this agent's journal, or by the name that libvirt gives it.
 fn merged_away(
     target: &str,
     data: &str,
     all: &[Snapshot],
     disks: &[Disk],
-    ours: &BTreeSet<&str>,
+    files: &Files<'_>,
 ) -> Option<String> {
     let disk = disks.iter().find(|disk| disk.target == target)?;
     if disk.path == data {
         return Some(format!(
-            "disk {target} is being written into '{data}', which should have stood still"
+            "disk {target} of the VM is on '{data}' itself, which should have stood still"
         ));
     }
     let at = disk.chain.iter().position(|image| image.path == data)?;
@@ -188,9 +188,10 @@ fn merged_away(
                     .filter(|child| child.parent.as_ref() == Some(&other.name))
                     .flat_map(|child| &child.disks)
                     .any(|disk| disk.target == target && disk.data.as_ref() == Some(above))
-                || (other.current
+                || ((other.current || !all.iter().any(|one| one.current))
                     && *above == disk.path
-                    && (ours.contains(above.as_str())
+                    && own_is_elsewhere(other, target, all, &files.missing)
+                    && (files.ours.contains(above.as_str())
                         || is_revert_overlay(above, data, other.created.as_second())))
         });
     if expected {
@@ -200,6 +201,31 @@ fn merged_away(
             "the overlay of disk {target} over '{data}' was merged; '{above}' stands on it now"
         ))
     }
+}
+
+/// Whether the overlay that libvirt names for a disk of a snapshot is not that of
+/// the present state: the data of a child lies in it, or it went with that child.
+/// Else it was merged.
+fn own_is_elsewhere(
+    snapshot: &Snapshot,
+    target: &str,
+    all: &[Snapshot],
+    missing: &BTreeSet<&str>,
+) -> bool {
+    let own = snapshot
+        .disks
+        .iter()
+        .find(|disk| disk.target == target)
+        .and_then(|disk| disk.overlay.as_deref());
+    let Some(own) = own else {
+        return false;
+    };
+    missing.contains(own)
+        || all
+            .iter()
+            .filter(|child| child.parent.as_ref() == Some(&snapshot.name))
+            .flat_map(|child| &child.disks)
+            .any(|disk| disk.target == target && disk.data.as_deref() == Some(own))
 }
 
 /// Whether libvirt would have named `overlay` so when it reverted onto `data`

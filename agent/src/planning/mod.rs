@@ -12,6 +12,7 @@ pub mod files;
 pub mod guard;
 pub mod health;
 pub mod issues;
+pub mod lineage;
 pub mod names;
 pub mod outcome;
 pub mod plan;

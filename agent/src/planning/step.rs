@@ -119,6 +119,22 @@ pub enum Step {
     CreateSnapshot(Box<NewSnapshot>),
     /// Records what was made.
     RecordSnapshot(Box<ToRecord>),
+    /// Looks whether the files of a snapshot are what they were, before anything
+    /// is done to the VM.
+    CheckSnapshot {
+        /// Name.
+        name: String,
+        /// The copy of the UEFI variables that will be put back, and their file.
+        nvram: Option<(String, String)>,
+    },
+    /// Sets libvirt's record of the current snapshot right: which overlays are
+    /// those of the present state, that the next revert deletes.
+    MendRecord {
+        /// Name of the snapshot.
+        name: String,
+        /// Target and overlay of each disk.
+        overlays: Vec<(String, String)>,
+    },
     /// Keeps the VM's definition in the journal.
     KeepDefinition,
     /// Reverts to a snapshot.
@@ -235,6 +251,8 @@ impl Step {
             Self::CopyNvram { .. } => "copy the UEFI variables".into(),
             Self::CreateSnapshot(new) => format!("create snapshot {}", new.name),
             Self::RecordSnapshot(record) => format!("record snapshot {}", record.name),
+            Self::CheckSnapshot { name, .. } => format!("check the files of snapshot {name}"),
+            Self::MendRecord { name, .. } => format!("set the record of snapshot {name} right"),
             Self::KeepDefinition => "keep the definition".into(),
             Self::Revert { name, .. } => format!("revert to snapshot {name}"),
             Self::RestoreNvram { .. } => "put the UEFI variables back".into(),
@@ -276,7 +294,10 @@ impl Step {
     /// Whether it changes anything that outlives the run.
     #[must_use]
     pub fn changes(&self) -> bool {
-        !matches!(self, Self::WaitFor { .. } | Self::KeepDefinition)
+        !matches!(
+            self,
+            Self::WaitFor { .. } | Self::KeepDefinition | Self::CheckSnapshot { .. }
+        )
     }
 }
 
@@ -294,6 +315,8 @@ impl vmsnap_engine::Step for Step {
             Self::CopyNvram { .. } => "copy-nvram",
             Self::CreateSnapshot(_) => "create-snapshot",
             Self::RecordSnapshot(_) => "record-snapshot",
+            Self::CheckSnapshot { .. } => "check-snapshot",
+            Self::MendRecord { .. } => "mend-record",
             Self::KeepDefinition => "keep-definition",
             Self::Revert { .. } => "revert",
             Self::RestoreNvram { .. } => "restore-nvram",
@@ -377,10 +400,23 @@ pub enum Done {
         /// For a person.
         note: String,
     },
-    /// A definition was kept.
+    /// A definition was kept, and what it takes to make it true again.
     Definition {
         /// The inactive XML.
         xml: String,
+        /// libvirt's number of the run of the VM; `None` when it was off.
+        #[serde(default)]
+        id: Option<u32>,
+        /// What each disk's image stands on: target, backing image and its format.
+        #[serde(default)]
+        backing: Vec<(String, String, String)>,
+        /// libvirt's records of the snapshots that a revert changes: name and
+        /// XML.
+        #[serde(default)]
+        records: Vec<(String, String)>,
+        /// The snapshot that the present state descends from.
+        #[serde(default)]
+        current: Option<String>,
     },
     /// The guest is there.
     Guest {

@@ -3,6 +3,7 @@
 mod creating;
 mod issues;
 mod retention;
+mod reverting;
 mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,8 +13,9 @@ use proptest::{collection::vec, prelude::*, sample::select};
 use vmsnap_agent::planning::{
     Facts, Plan, Reason, Request, Step,
     facts::{
-        Agent, Consistency, Disk, FileUser, Firmware, Folder, Health, Host, Image, Kind, Memory,
-        Memtune, Snapshot, SnapshotDisk, SnapshotRecord, Source, Storage, Vm, VmState, Volume,
+        Agent, Consistency, DefinedDisk, Definition, Disk, FileUser, Firmware, Folder, Health,
+        Host, Image, Kind, Memory, Memtune, Snapshot, SnapshotDisk, SnapshotRecord, Source,
+        Storage, Vm, VmState, Volume,
     },
     plan,
     request::{
@@ -38,6 +40,25 @@ fn image(path: &str) -> Image {
         internal: Vec::new(),
         numbers: Vec::new(),
         compat: "1.1".into(),
+    }
+}
+
+fn definition(disk: &str) -> Definition {
+    Definition {
+        memory: 128 << 20,
+        vcpus: 1,
+        vcpus_at_start: 1,
+        machine: "pc-q35-10.0".into(),
+        nvram: None,
+        agent: false,
+        disks: vec![DefinedDisk {
+            target: "vda".into(),
+            device: "disk".into(),
+            source: Source::File,
+            path: Some(disk.into()),
+            readonly: false,
+        }],
+        boot: Vec::new(),
     }
 }
 
@@ -87,6 +108,7 @@ fn quiet() -> Facts {
             block_jobs: Vec::new(),
             not_migratable: Vec::new(),
             differing: Vec::new(),
+            definition: definition(&path("web1.qcow2")),
         },
         snapshots: Vec::new(),
         storage: Storage::default(),
@@ -153,9 +175,7 @@ fn snapshot(name: &str, parent: Option<&str>, kind: Kind, data: &str) -> Snapsho
             qemu: 10_000_002,
             created: 0,
         }),
-        machine: "pc-q35-10.0".into(),
-        vm_memory: 128 << 20,
-        vm_vcpus: 1,
+        definition: definition(data),
         media: Vec::new(),
         mistaken_for: None,
         guard: None,
@@ -703,31 +723,12 @@ fn an_offline_delete_under_another_branch_is_refused_because_libvirt_crashes() {
     facts
         .snapshots
         .push(snapshot("a", Some("s0"), Kind::External, &path("web1.s0")));
+    // The present state is on the overlay of a revert.
+    facts.vm.disks[0].path = path("web1.1795700000");
     let cleanup = request(Action::Cleanup(Cleanup {
         name: "s0".into(),
         ..Cleanup::default()
     }));
     let fault = plan(&cleanup, &facts).unwrap_err();
     assert_eq!(fault.reason, Reason::SnapshotBranches);
-}
-
-#[test]
-fn uefi_variables_are_put_back_only_while_the_vm_is_off() {
-    for (memory, put_back) in [
-        (Memory::None, true),
-        (Memory::External(path("m.mem")), false),
-    ] {
-        let mut facts = with_chain(running(), 1);
-        facts.vm.firmware.uefi = true;
-        facts.vm.firmware.nvram = Some(path("web1.fd"));
-        facts.snapshots[0].memory = memory;
-        facts.snapshots[0].record.as_mut().unwrap().nvram_copy = Some(path("web1.s0.nvram"));
-        let plan = plan(&request(Action::Revert(Revert::to("s0"))), &facts).unwrap();
-        let steps = names(&plan);
-        let at = |name: &str| steps.iter().position(|step| *step == name);
-        assert_eq!(at("restore-nvram").is_some(), put_back, "{steps:?}");
-        if let Some(restored) = at("restore-nvram") {
-            assert!(at("revert") < Some(restored) && Some(restored) < at("start"));
-        }
-    }
 }

@@ -93,7 +93,7 @@ pub fn draft(request: &Request, create: &Create, facts: &Facts) -> Result<Draft,
             Some(format!("{} to confirm", checks::for_people(within))),
         );
     }
-    checks::wait_for(create.wait_for, create.wait_timeout, &mut draft);
+    checks::wait_for(create.wait_for, create.wait_timeout, state, &mut draft);
     Ok(draft)
 }
 
