@@ -315,7 +315,9 @@ async fn log(context: &Context, args: &LogArgs) -> Result<Status, Trouble> {
         ..Default::default()
     };
     let runs = client.workflows(filter, args.limit).await?;
-    let guards = client.guards(args.what.as_deref().unwrap_or_default()).await?;
+    let guards = client
+        .guards(args.what.as_deref().unwrap_or_default())
+        .await?;
     context.show(
         || json!({"workflows": runs.to_json(), "guards": guards.to_json()}),
         || {

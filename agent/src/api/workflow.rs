@@ -220,7 +220,9 @@ impl WorkflowService for Service {
         let warnings = records
             .iter()
             .find_map(|record| match &record.record {
-                Record::Planned { plan } => Some(plan.warnings.iter().map(reply::warning).collect()),
+                Record::Planned { plan } => {
+                    Some(plan.warnings.iter().map(reply::warning).collect())
+                }
                 _ => None,
             })
             .unwrap_or_default();

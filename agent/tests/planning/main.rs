@@ -17,6 +17,7 @@ use vmsnap_agent::planning::{
         Host, Image, Kind, Memory, Memtune, Snapshot, SnapshotDisk, SnapshotRecord, Source,
         Storage, Vm, VmState, Volume,
     },
+    guard::{Guard, GuardState},
     plan,
     request::{
         Action, Children, Cleanup, Commit, Create, IfExists, List, Orphans, Revert, StateAfter,
@@ -731,4 +732,52 @@ fn an_offline_delete_under_another_branch_is_refused_because_libvirt_crashes() {
     }));
     let fault = plan(&cleanup, &facts).unwrap_err();
     assert_eq!(fault.reason, Reason::SnapshotBranches);
+}
+
+/// An open guard on snapshot `s0`.
+fn guarded(mut facts: Facts) -> Facts {
+    let deadline = "2026-03-01T13:00:00Z".parse().unwrap();
+    facts.guard = Some(Guard {
+        run: "run".into(),
+        vm_uuid: facts.vm.uuid.clone(),
+        vm: facts.vm.name.clone(),
+        snapshot: "s0".into(),
+        created: 0,
+        armed: facts.now,
+        deadline,
+        fingerprint: String::new(),
+        state: GuardState::Pending,
+        note: String::new(),
+    });
+    if let Some(one) = facts.snapshots.iter_mut().find(|one| one.name == "s0") {
+        one.guard = Some(deadline);
+    }
+    facts
+}
+
+proptest! {
+    #[test]
+    fn while_a_guard_is_open_nothing_changes_the_vm_but_what_ends_it(action in actions(), facts in situations(), start in any::<bool>()) {
+        let facts = guarded(facts);
+        let mut asked = request(action);
+        asked.start_if_stopped = start;
+        if let Ok(plan) = plan(&asked, &facts) && plan.changes() {
+            let ends = matches!(&asked.action, Action::Commit(commit) if commit.name == "s0")
+                || matches!(&asked.action, Action::Revert(revert) if revert.name == "s0");
+            prop_assert!(ends, "{:?}", plan.steps);
+            let ended = plan.steps.iter().any(|step| matches!(step, Step::EndGuard { .. }));
+            prop_assert!(ended, "the guard stays open after {:?}", plan.steps);
+        }
+    }
+}
+
+#[test]
+fn confirming_ends_the_only_guard_and_a_wrong_name_ends_nothing() {
+    let facts = guarded(with_chain(running(), 1));
+    let confirm = |name: &str| plan(&request(Action::Confirm { name: name.into() }), &facts);
+    assert_eq!(names(&confirm("").unwrap()), ["end-guard"]);
+    assert_eq!(names(&confirm("s0").unwrap()), ["end-guard"]);
+    let wrong = confirm("s1").unwrap();
+    assert!(!wrong.changes());
+    assert_eq!(wrong.warnings[0].code, "NO_GUARD_PENDING");
 }

@@ -413,7 +413,11 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
                     } else {
                         "the VM is off"
                     },
-                    if off_twice { "" } else { "start the VM first, or " },
+                    if off_twice {
+                        ""
+                    } else {
+                        "start the VM first, or "
+                    },
                     side.name
                 ),
             )
