@@ -4,7 +4,7 @@
 //! read from a shared list at their own pace, so none of them can slow the run;
 //! progress may be missed, records never.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use tokio::sync::{broadcast, watch};
 use vmsnap_engine::{Cancel, Log, LogError};
@@ -39,6 +39,8 @@ pub struct Live {
     pub request: Request,
     /// Who asked, for those who are told who is in the way.
     pub caller: String,
+    /// Hash of the plan that its first caller demanded; empty for any.
+    pub demanded: OnceLock<String>,
     /// Stops it.
     pub cancel: Cancel,
     /// Why it was stopped, when it was not by a caller.
@@ -64,6 +66,7 @@ impl Live {
             request_id,
             request,
             caller,
+            demanded: OnceLock::new(),
             cancel: Cancel::default(),
             stop_reason: Mutex::new(None),
             records: RwLock::new(records.into_iter().map(Arc::new).collect()),

@@ -157,14 +157,16 @@ impl Workflows {
         caller: Caller,
     ) -> Result<String, Fault> {
         request.check()?;
-        if let Some(id) = going_on(&lock(&self.0.live), &request, &how.request_id)? {
-            return Ok(id);
+        let joined = going_on(&lock(&self.0.live), &request, &how.request_id)?;
+        if let Some(id) = joined {
+            return self.of_plan(id, &how.plan_hash).await;
         }
         if how.join_finished
             && !how.request_id.is_empty()
             && let Some(run) = self.0.journal.by_request_id(&how.request_id).await?
         {
-            return same(&how.request_id, &request, &run.id, &run.request);
+            let id = same(&how.request_id, &request, &run.id, &run.request)?;
+            return self.of_plan(id, &how.plan_hash).await;
         }
         if self.0.stopping.load(Ordering::Acquire) {
             return Err(Fault::new(
@@ -194,6 +196,7 @@ impl Workflows {
             caller.identity.clone(),
             Vec::new(),
         );
+        let _ = live.demanded.set(how.plan_hash.clone());
         // Looked up and made known in one, so that two at once cannot both begin.
         {
             let mut all = lock(&self.0.live);
@@ -229,6 +232,36 @@ impl Workflows {
             workflows.drive(live, how).await;
         });
         Ok(id)
+    }
+
+    /// The run `id`, if its plan is the one that is demanded, or will be because
+    /// it was begun with the same demand.
+    async fn of_plan(&self, id: String, demanded: &str) -> Result<String, Fault> {
+        if demanded.is_empty() {
+            return Ok(id);
+        }
+        let same_demand = lock(&self.0.live)
+            .get(&id)
+            .is_some_and(|live| live.demanded.get().is_some_and(|hash| hash == demanded));
+        let run = self.run(&id).await?;
+        if same_demand || run.plan_hash == demanded {
+            return Ok(id);
+        }
+        Err(Fault::new(
+            Reason::PlanChanged,
+            format!(
+                "plan {demanded} was demanded, but the run {id}, which this request joins, has {}; \
+                 look at that run, or give another request_id",
+                if run.plan_hash.is_empty() {
+                    "no plan yet".to_owned()
+                } else {
+                    format!("plan {}", run.plan_hash)
+                }
+            ),
+        )
+        .with("demanded", demanded)
+        .with("found", &run.plan_hash)
+        .with("workflow_id", &id))
     }
 
     async fn drive(&self, live: Arc<Live>, how: Submission) {
