@@ -130,3 +130,21 @@ async fn old_runs_go_but_open_and_stuck_ones_stay() {
     assert!(journal.run("3").await.unwrap().is_some());
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[test]
+fn only_its_owner_may_read_the_journal() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = folder();
+    let path = folder.join("journal.db");
+    // One that an older agent made is closed too.
+    std::fs::write(&path, b"").unwrap();
+    let db = schema::open(&path).unwrap();
+    db.execute_batch("CREATE TABLE t (x INTEGER) STRICT")
+        .unwrap();
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{}", entry.file_name().to_string_lossy());
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}

@@ -11,7 +11,7 @@ use tokio::{
     net::TcpStream,
 };
 use vmsnap_engine::Cancel;
-use vmsnap_hypervisor::{DomainState, ErrorKind};
+use vmsnap_hypervisor::{DomainState, Xml};
 
 use super::Performer;
 use crate::{
@@ -132,6 +132,11 @@ impl Performer {
 
     /// Asks until it is there: the agent, then an address, then ssh.
     async fn until_there(&self, what: WaitFor, seen: &mut Seen, cancel: &Cancel) -> End {
+        let definition = self.hypervisor.definition(self.vm(), Xml::Live).await;
+        if definition.is_ok_and(|definition| definition.guest_agent().is_none()) {
+            seen.reached = Reached::NoChannel;
+            return End::Never;
+        }
         loop {
             match self.hypervisor.agent_ping(self.vm(), ANSWER).await {
                 Ok(()) => {
@@ -149,10 +154,6 @@ impl Performer {
                     if there {
                         return End::There;
                     }
-                }
-                Err(error) if *error.kind() == ErrorKind::Unsupported => {
-                    seen.reached = Reached::NoChannel;
-                    return End::Never;
                 }
                 Err(_) => {
                     if let Ok(domain) = self.hypervisor.domain(self.vm()).await

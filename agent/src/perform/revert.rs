@@ -23,6 +23,11 @@ use crate::{
     },
 };
 
+/// How often a VM that is going down is looked at before it is taken as it is.
+const SETTLE: u32 = 40;
+/// Pause between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
 /// What [`Done::Definition`] keeps.
 struct Kept<'a> {
     xml: &'a str,
@@ -330,17 +335,22 @@ impl Performer {
         })
     }
 
-    /// A QEMU that is only just coming up or going down settles first.
+    /// A QEMU that is only just coming up or going down settles first. One that is
+    /// still loading memory may have been given up: that is not waited for long.
     async fn settled(&self) -> Result<DomainSummary, Fault> {
         let mut tries = 0;
         loop {
             let domain = self.hypervisor.domain(self.vm()).await?;
-            let unsettled = domain.state == DomainState::Shutdown || domain.reason.is_migrating();
-            tries += 1;
-            if !unsettled || tries > 40 {
+            let patience = match domain.state {
+                DomainState::Shutdown => SETTLE,
+                _ if domain.reason.is_migrating() => SETTLE / 10,
+                _ => 0,
+            };
+            if tries >= patience {
                 return Ok(domain);
             }
-            tokio::time::sleep(Duration::from_millis(250)).await;
+            tries += 1;
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
 

@@ -80,7 +80,8 @@ reasons! {
     ManagedSavePresent = "MANAGED_SAVE_PRESENT",
     /// A block job is open on a disk.
     BlockJobActive = "BLOCK_JOB_ACTIVE",
-    /// Definition and running chain name different images.
+    /// The definition names another image than the one in which the VM's present
+    /// data lies.
     DefinitionDiffers = "DEFINITION_DIFFERS",
     /// Another VM's chain uses a file that would be written or deleted.
     FileShared = "FILE_SHARED",

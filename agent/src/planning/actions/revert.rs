@@ -75,7 +75,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     if revert.safety_snapshot {
         safety(facts, &mut draft)?;
     } else if snapshot.kind != Kind::Internal
-        && let Some((current, overlays)) = lineage::to_mend(facts)?
+        && let Some((current, overlays)) = mend(snapshot, facts)?
     {
         draft.decide(
             "record",
@@ -491,6 +491,17 @@ fn clock(snapshot: &Snapshot, after: VmState, facts: &Facts, draft: &mut Draft) 
         ),
         _ => {}
     }
+}
+
+/// What has to be set right in libvirt's record before the revert.
+fn mend(
+    snapshot: &Snapshot,
+    facts: &Facts,
+) -> Result<Option<(String, Vec<(String, String)>)>, Fault> {
+    lineage::to_mend(facts).map_err(|fault| match fault.reason {
+        Reason::CurrentUnknown => fault.with("snapshot", &snapshot.name),
+        _ => fault,
+    })
 }
 
 fn safety(facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
