@@ -123,8 +123,13 @@ pub fn run(command: &mut Command, input: Option<&[u8]>, limit: Duration) -> Resu
         .spawn()
         .with_context(|| format!("cannot start `{shown}`"))?;
     if let (Some(bytes), Some(mut pipe)) = (input, child.stdin.take()) {
-        // The program may end without reading all of it; its status says more.
-        let _ = pipe.write_all(bytes);
+        let bytes = bytes.to_vec();
+        // On its own thread: a program that answers while it reads would wait
+        // for its answers to be taken. It may end without reading all of it;
+        // its status says more.
+        std::thread::spawn(move || {
+            let _ = pipe.write_all(&bytes);
+        });
     }
     let stdout = drain(child.stdout.take());
     let stderr = drain(child.stderr.take());

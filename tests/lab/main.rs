@@ -1,5 +1,6 @@
 //! `vmsnap-lab`: the lab from the command line.
 
+mod bench;
 mod demo;
 
 use std::{process::ExitCode, time::Duration};
@@ -33,6 +34,15 @@ enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Lists of many snapshots, beside virsh.
+    Bench {
+        /// Number of VMs.
+        #[arg(long, default_value_t = 200)]
+        vms: usize,
+        /// Number of snapshots of each.
+        #[arg(long, default_value_t = 20)]
+        snapshots: usize,
+    },
     /// The main job, from a snapshot to its clean-up, on a real guest.
     Demo,
 }
@@ -51,6 +61,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Verb::Image => Image::build().map(|_| 0),
         Verb::Up { guests, command } => up(guests, &command),
+        Verb::Bench { vms, snapshots } => bench::run(vms, snapshots).map(|()| 0),
         Verb::Demo => demo::run(),
     };
     match result {

@@ -1,7 +1,9 @@
-//! Measuring what every use pays before any work is done.
+//! Measuring what every use pays before any work is done, and what a list of
+//! many snapshots costs.
 //!
 //! An Ansible task copies the module to its host and starts it: so its size and
-//! its start are the floor of every task's time.
+//! its start are the floor of every task's time. Lists are measured in a lab,
+//! side by side with virsh: absolute times are this host's, the ratio is not.
 
 use std::{
     fs,
@@ -19,10 +21,10 @@ use crate::{
 /// How often each program is started.
 const STARTS: usize = 101;
 
-/// Builds the programs as they are handed out and measures them.
+/// Builds the programs as they are handed out and measures them, and lists.
 ///
 /// # Errors
-/// When they cannot be built or started.
+/// When they cannot be built or started, or a list is wrong.
 pub fn run() -> Result<()> {
     let mut build = cargo(["build", "--locked", "--profile", "module"]);
     build.args([
@@ -61,7 +63,19 @@ pub fn run() -> Result<()> {
             part(&times, 95).as_micros()
         ));
     }
-    Ok(())
+    lists()
+}
+
+/// Lists many snapshots with the agent and with virsh.
+fn lists() -> Result<()> {
+    step(
+        "agent and lab",
+        cargo(["build", "--locked", "--release", "--workspace"]),
+    )?;
+    step(
+        "lists of many snapshots",
+        command(target().join("release/vmsnap-lab"), ["bench"]),
+    )
 }
 
 /// The time that this many of a hundred do not exceed.

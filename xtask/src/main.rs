@@ -43,7 +43,8 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         runner: Vec<String>,
     },
-    /// Measure what every task pays: size and start of the programs.
+    /// Measure what every task pays, size and start of the programs, and lists of
+    /// many snapshots beside virsh.
     Bench,
     /// Build what is handed out: the collection's tarball and the command line,
     /// for hosts with glibc 2.17 or newer.

@@ -6,7 +6,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, workflow_service_server::WorkflowService};
 
-use super::{caller, errors, reply, spec};
+use super::{caller, errors, paging, reply, spec};
 use crate::{
     flow::Record,
     journal::{RunFilter, RunStatus},
@@ -329,30 +329,28 @@ impl WorkflowService for Service {
             })
             .map(str::to_owned)
             .collect();
-        bounded("page_token", &message.page_token, ID_MOST)?;
+        let after = paging::Token::read(&message.page_token)?.map(|token| token.group);
+        bounded("page_token", after.as_deref().unwrap_or_default(), ID_MOST)?;
         let rows = self
             .0
             .runs(RunFilter {
                 vm: (!message.vm_name.is_empty()).then_some(message.vm_name),
                 statuses,
                 actions,
-                after: (!message.page_token.is_empty()).then_some(message.page_token),
+                after,
                 limit: limit + 1,
             })
             .await
             .map_err(failed)?;
-        let more = rows.len() > limit as usize;
-        let rows = &rows[..rows.len().min(limit as usize)];
+        let mut page = paging::Page::new(limit as usize);
+        for run in &rows {
+            let token = paging::Token::new(&run.id, "", 0);
+            page.add(token, reply::workflow(run, Vec::new()));
+        }
+        let (workflows, next_page_token) = page.end();
         Ok(Response::new(v1::ListWorkflowsResponse {
-            next_page_token: rows
-                .last()
-                .filter(|_| more)
-                .map(|run| run.id.clone())
-                .unwrap_or_default(),
-            workflows: rows
-                .iter()
-                .map(|run| reply::workflow(run, Vec::new()))
-                .collect(),
+            workflows,
+            next_page_token,
         }))
     }
 }

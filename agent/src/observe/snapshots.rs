@@ -1,6 +1,9 @@
 //! A VM's snapshots as facts: libvirt's list, held against files and journal.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 use vmsnap_hypervisor::{
@@ -49,10 +52,11 @@ impl Observer {
         &self,
         vms: &[(String, String)],
     ) -> Result<Vec<(String, Vec<Snapshot>)>, Fault> {
+        let ours: Arc<[String]> = self.journal.noted_files().await?.into();
         each(vms.to_vec(), |(name, uuid)| {
-            let observer = self.clone();
+            let (observer, ours) = (self.clone(), ours.clone());
             async move {
-                let snapshots = match observer.list_snapshots_of(&name, &uuid).await {
+                let snapshots = match observer.list_snapshots_of(&name, &uuid, &ours).await {
                     Err(fault) if fault.reason == Reason::VmNotFound => Vec::new(),
                     other => other?,
                 };
@@ -62,7 +66,12 @@ impl Observer {
         .await
     }
 
-    async fn list_snapshots_of(&self, name: &str, uuid: &str) -> Result<Vec<Snapshot>, Fault> {
+    async fn list_snapshots_of(
+        &self,
+        name: &str,
+        uuid: &str,
+        ours: &[String],
+    ) -> Result<Vec<Snapshot>, Fault> {
         let listed = self.listed(name, Reading::Known).await?;
         if listed.is_empty() {
             return Ok(Vec::new());
@@ -72,7 +81,7 @@ impl Observer {
         for disk in &definition.disks {
             disks.push(vm::disk(disk).await);
         }
-        self.as_facts(uuid, &disks, &listed).await
+        self.as_facts(uuid, &disks, &listed, ours).await
     }
 
     /// libvirt's list of a VM's snapshots.
@@ -93,7 +102,8 @@ impl Observer {
     /// When libvirt or the journal does not answer.
     pub async fn snapshots(&self, vm: &Vm) -> Result<Vec<Snapshot>, Fault> {
         let listed = self.listed(&vm.name, Reading::Fresh).await?;
-        self.as_facts(&vm.uuid, &vm.disks, &listed).await
+        let ours = self.journal.noted_files().await?;
+        self.as_facts(&vm.uuid, &vm.disks, &listed, &ours).await
     }
 
     async fn as_facts(
@@ -101,6 +111,7 @@ impl Observer {
         uuid: &str,
         active: &[Disk],
         listed: &[SnapshotInfo],
+        ours: &[String],
     ) -> Result<Vec<Snapshot>, Fault> {
         if listed.is_empty() {
             return Ok(Vec::new());
@@ -111,7 +122,6 @@ impl Observer {
             .await?
             .into_iter()
             .collect();
-        let ours = self.journal.noted_files().await?;
         let guard = self.journal.open_guard(uuid).await?;
         let files = look(active, listed, &records).await;
         let mut all: Vec<Snapshot> = listed
