@@ -14,7 +14,12 @@ const NONE: [&str; 0] = [];
 /// Runs `vmsnap create DOMAIN WORDS`, which the plan has to refuse, and gives the
 /// reason with its message; nothing may have changed.
 fn refused(agent: &Agent, domain: &Domain, words: &[&str]) -> Result<(String, String)> {
-    let before = (domain.state()?, domain.snapshots()?, domain.files()?);
+    let seen = || -> Result<(String, Vec<String>)> {
+        // One virsh for both.
+        let words = format!("domstate {0}; snapshot-list {0} --name", domain.name);
+        Ok((domain.lab.virsh([words])?, domain.files()?))
+    };
+    let before = seen()?;
     let mut all = vec!["create", domain.name.as_str()];
     all.extend(words);
     let cli = agent.vmsnap(&all)?;
@@ -24,7 +29,7 @@ fn refused(agent: &Agent, domain: &Domain, words: &[&str]) -> Result<(String, St
         "a step was begun: {:?}",
         cli.events
     );
-    let after = (domain.state()?, domain.snapshots()?, domain.files()?);
+    let after = seen()?;
     ensure!(before == after, "{before:?} became {after:?}");
     let text = |key: &str| failure[key].as_str().unwrap_or_default().to_owned();
     Ok((text("reason"), text("message")))
@@ -149,11 +154,15 @@ fn uefi_variables_are_kept_with_an_external_snapshot_and_come_back_with_it() -> 
         assert!(decided(&made, "uefi variables")?.contains(&copy));
         assert_eq!(vm.copies()?, [copy.as_str()]);
         vm.put(2)?;
-        vm.domain.virsh("start", &[])?;
-        agent.vmsnap(&["create", name, "on"])?.result()?;
-        vm.domain.virsh("destroy", &[])?;
-        vm.put(3)?;
-        for (snapshot, byte) in [("on", 2), ("off", 1)] {
+        let mut snapshots = vec![("off", 1)];
+        if format == "raw" {
+            vm.domain.virsh("start", &[])?;
+            agent.vmsnap(&["create", name, "on"])?.result()?;
+            vm.domain.virsh("destroy", &[])?;
+            vm.put(3)?;
+            snapshots.insert(0, ("on", 2));
+        }
+        for (snapshot, byte) in snapshots {
             let words = ["revert", name, snapshot, "--state-after", "stopped"];
             agent.vmsnap(&words)?.result()?;
             assert!(vm.has(byte)?, "{format}, {snapshot}");
@@ -300,7 +309,7 @@ fn a_new_name_that_breaks_something_is_refused_at_the_door_with_its_character() 
 }
 
 /// Names that others may have given.
-const FOREIGN: [&str; 4] = ["a b:c", "it's, say, \"<&>\"", " žluť ", "--force"];
+const FOREIGN: [&str; 3] = ["it's a:b, say, \"<&>\"", " žluť ", "--force"];
 
 #[test]
 fn foreign_external_snapshots_of_any_name_are_listed_reverted_to_and_deleted() -> Result<()> {
@@ -466,32 +475,28 @@ fn files_that_a_revert_would_name_alike_are_refused_because_it_would_leave_the_v
     })?;
     let name = domain.name.as_str();
     lab.write(&lab.images().join(format!("{name}.iso")), "seed")?;
-    domain.virsh("start", &[])?;
     let (reason, message) = refused(&agent, &domain, &["s"])?;
     assert_eq!(reason, "DISK_UNSUPPORTED");
     for part in ["vda", "sda", ".qcow2", ".iso", "kind internal"] {
         assert!(message.contains(part), "{part}: {message}");
     }
+    let words = ["create", name, "inside", "--kind", "internal"];
+    agent.vmsnap(&words)?.result()?;
+    agent.vmsnap(&["revert", name, "inside"])?.result()?;
+    agent.vmsnap(&["cleanup", name, "inside"])?.result()?;
     let overlay = format!("vda,file={}/{name}.their.qcow2", lab.images().display());
     domain.virsh(
         "snapshot-create-as",
         &["their", "--disk-only", "--diskspec", &overlay],
     )?;
+    let before = domain.chain("vda")?;
     let kept = agent.vmsnap(&["revert", name, "their"])?;
     assert_eq!(kept.failure()?["reason"], "SNAPSHOT_NOT_REVERTIBLE");
-    assert_eq!(domain.state()?, "running");
+    assert_eq!(domain.chain("vda")?, before);
     // The overlay in use by now has a name of its own.
     agent.vmsnap(&["create", name, "s"])?.result()?;
     agent.vmsnap(&["revert", name, "s"])?.result()?;
-    assert_eq!(domain.state()?, "running");
-    for snapshot in ["s", "their"] {
-        agent.vmsnap(&["cleanup", name, snapshot])?.result()?;
-    }
-    let words = ["create", name, "inside", "--kind", "internal"];
-    agent.vmsnap(&words)?.result()?;
-    agent.vmsnap(&["revert", name, "inside"])?.result()?;
-    assert_eq!(domain.state()?, "running");
-    Ok(())
+    domain.virsh("start", &[]).map(drop)
 }
 
 // --- files --------------------------------------------------------------------
@@ -543,6 +548,7 @@ fn raw_and_qcow2_disks_are_covered_together_and_a_read_only_one_is_left_out() ->
     let agent = lab.agent("")?;
     let domain = lab.blank(&BlankSpec {
         disks: vec![disk("vdb", "raw", false), disk("vdc", "raw", true)],
+        stopped: true,
         ..BlankSpec::default()
     })?;
     let name = domain.name.as_str();
@@ -700,8 +706,6 @@ fn a_device_that_keeps_memory_from_being_saved_is_named_and_disks_alone_are_fine
     let made = agent.vmsnap(&["create", &domain.name, "s"])?;
     assert_eq!(made.result()?["snapshot"]["memory"], false);
     assert!(warns(&made, "MEMORY_NOT_SAVABLE"));
-    agent.vmsnap(&["revert", &domain.name, "s"])?.result()?;
-    assert_eq!(domain.state()?, "running");
     // The master's content is saved with the guest.
     let master = lab.blank(&shared(" role='master'"))?;
     agent
@@ -726,6 +730,7 @@ fn a_block_device_is_refused_by_name_with_what_would_help() -> Result<()> {
             "<disk type='block' device='disk'><driver name='qemu' type='{format}'/>\
              <source dev='{path}'/><target dev='vdb' bus='virtio'/></disk>"
         ),
+        stopped: true,
         ..BlankSpec::default()
     };
     {
@@ -756,8 +761,6 @@ fn a_block_device_is_refused_by_name_with_what_would_help() -> Result<()> {
         agent.vmsnap(&out)?.result()?;
         let kept = agent.vmsnap(&["revert", name, "s"])?;
         assert_eq!(kept.failure()?["reason"], "SNAPSHOT_NOT_REVERTIBLE");
-        assert_eq!(domain.state()?, "running");
-        agent.vmsnap(&["cleanup", name, "s"])?.result()?;
         // Neither has a device another size because a guest would like one.
         let words = ["commit", name, "--resize-to", "16M", "--resize-disk", "vdb"];
         let failed = agent.vmsnap(&words)?;
@@ -771,8 +774,6 @@ fn a_block_device_is_refused_by_name_with_what_would_help() -> Result<()> {
     let words = ["create", &domain.name, "s", "--kind", "internal"];
     agent.vmsnap(&words)?.result()?;
     agent.vmsnap(&["revert", &domain.name, "s"])?.result()?;
-    assert_eq!(domain.state()?, "running");
-    domain.virsh("destroy", &[])?;
     fs::remove_file(file)?;
     Ok(())
 }
@@ -915,7 +916,10 @@ fn a_medium_and_an_empty_drive_are_left_out_and_go_through_a_revert() -> Result<
     let media = Media::new(&lab)?;
     let domain = lab.blank(&media.drive())?;
     // Another VM reads the same medium.
-    let other = lab.blank(&media.drive())?;
+    let other = lab.blank(&BlankSpec {
+        stopped: true,
+        ..media.drive()
+    })?;
     let name = domain.name.as_str();
     let made = agent.vmsnap(&["create", name, "s"])?;
     made.result()?;
@@ -967,6 +971,7 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
             "<disk type='file' device='disk'><driver name='qemu' type='raw'/>\
              <source file='{iso}'/><target dev='vdb' bus='virtio'/><readonly/></disk>"
         ),
+        stopped: true,
         ..BlankSpec::default()
     };
     let mut last = None;
@@ -974,6 +979,7 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
     for (spec, what) in [(seed, "disk vdb"), (drive, "drive sda")] {
         let domain = lab.blank(&spec)?;
         let name = domain.name.as_str();
+        let state = domain.state()?;
         let (reason, message) = refused(&agent, &domain, &["s"])?;
         assert_eq!(reason, "MEDIA_NOT_COVERED");
         for part in [what, iso.as_str(), "read-only", "accept_no_revert"] {
@@ -992,7 +998,7 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
         let failure = kept.failure()?;
         assert_eq!(failure["reason"], "MEDIA_NOT_COVERED");
         assert_eq!(failure["metadata"]["medium"], iso);
-        assert_eq!(domain.state()?, "running");
+        assert_eq!(domain.state()?, state);
         last = Some(domain);
     }
     let domain = last.context("the drive")?;
@@ -1027,10 +1033,11 @@ fn without_an_answering_guest_agent_filesystem_consistency_is_refused_with_the_r
     let agent = lab.agent("")?;
     let channel =
         "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
+    let mut last = None;
     for (devices, stopped, reason, why, silent) in [
         ("", false, "CONSISTENCY_NOT_MET", "no channel", false),
-        (channel, false, "CONSISTENCY_NOT_MET", "not connected", true),
         (channel, true, "DOMAIN_NOT_RUNNING", "is off", false),
+        (channel, false, "CONSISTENCY_NOT_MET", "not connected", true),
     ] {
         let domain = lab.blank(&BlankSpec {
             devices: devices.to_owned(),
@@ -1057,13 +1064,11 @@ fn without_an_answering_guest_agent_filesystem_consistency_is_refused_with_the_r
         } else {
             assert_eq!(again?.0, "SNAPSHOT_CONFLICT");
         }
+        last = Some(domain);
     }
-    let paused = lab.blank(&BlankSpec {
-        devices: channel.to_owned(),
-        ..BlankSpec::default()
-    })?;
+    let paused = last.context("the running one")?;
     paused.virsh("suspend", &[])?;
-    let demand = ["s", "--consistency", "filesystem"];
+    let demand = ["t", "--consistency", "filesystem"];
     let (reason, message) = refused(&agent, &paused, &demand)?;
     assert_eq!(reason, "CONSISTENCY_NOT_MET");
     assert!(message.contains("paused"), "{message}");

@@ -76,7 +76,7 @@ impl Performer {
                 .iter()
                 .any(|snapshot| snapshot.name == name);
             if listed {
-                return Err(self.merge_failed(error, &expected).await);
+                return Err(self.merge_failed(error, name, &expected));
             }
         }
         // A merge may be over before it was looked at.
@@ -100,19 +100,22 @@ impl Performer {
     }
 
     /// libvirt's error; for a lack of space with where and how much.
-    async fn merge_failed(
+    fn merge_failed(
         &self,
         error: vmsnap_hypervisor::Error,
+        name: &str,
         expected: &[(&str, u64)],
     ) -> Fault {
         if *error.kind() == ErrorKind::NoSpace
             && let Some(facts) = &self.facts
+            && let Some(snapshot) = facts.snapshot(name)
         {
-            for (disk, need) in expected {
-                let Ok(Some(image)) = self.observer.disk_image(self.vm(), disk).await else {
+            for (target, need) in expected {
+                let written = snapshot.disks.iter().find(|disk| disk.target == **target);
+                let Some(data) = written.and_then(|disk| disk.data.as_deref()) else {
                     continue;
                 };
-                let folder = folder_of(&image.path);
+                let folder = folder_of(data);
                 if let Some(now) = crate::observe::folder(folder).filter(|now| now.free < *need) {
                     let mut full = files::no_space(facts, folder, *need, now.free);
                     full.message = format!("{}; {}", full.message, faults::sentence(&error));
