@@ -131,6 +131,13 @@ impl Performer {
         };
         let began = since_epoch().as_secs();
         self.hypervisor.revert(self.vm(), name, flags).await?;
+        // QEMU leaves the disks of loaded memory inactive until it is resumed: what
+        // writes or merges before that fails, or ends QEMU.
+        if matches!(snapshot.memory, Memory::External(_))
+            && self.hypervisor.domain(self.vm()).await?.state == DomainState::Paused
+        {
+            self.hypervisor.activate_disks(self.vm()).await?;
+        }
         self.note_overlays(began).await?;
         Ok(super::plain(""))
     }

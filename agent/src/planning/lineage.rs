@@ -15,8 +15,10 @@ use super::{
     reason::{Fault, Reason},
 };
 
-/// What libvirt's record of the current snapshot has to name: the snapshot, and
-/// target and overlay of each disk. `None` when it does already, or when what it
+/// A snapshot, and target and overlay of each disk.
+pub type Overlays = (String, Vec<(String, String)>);
+
+/// What libvirt's record of the current snapshot has to name. `None` when it does already, or when what it
 /// names instead is nobody's data.
 ///
 /// # Errors
@@ -24,7 +26,7 @@ use super::{
 /// libvirt 11.3 in the middle of a revert, and none can be told;
 /// [`Reason::SnapshotBranches`] when libvirt would delete an image in which the
 /// data of a snapshot lies, and its record cannot be set right.
-pub fn to_mend(facts: &Facts) -> Result<Option<(String, Vec<(String, String)>)>, Fault> {
+pub fn to_mend(facts: &Facts) -> Result<Option<Overlays>, Fault> {
     let Some(current) = facts.current() else {
         let stands_on: Vec<&Snapshot> = facts
             .snapshots
