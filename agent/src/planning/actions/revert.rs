@@ -497,7 +497,7 @@ fn clock(snapshot: &Snapshot, after: VmState, facts: &Facts, draft: &mut Draft) 
 fn mend(
     snapshot: &Snapshot,
     facts: &Facts,
-) -> Result<Option<(String, Vec<(String, String)>)>, Fault> {
+) -> Result<Option<lineage::Overlays>, Fault> {
     lineage::to_mend(facts).map_err(|fault| match fault.reason {
         Reason::CurrentUnknown => fault.with("snapshot", &snapshot.name),
         _ => fault,
