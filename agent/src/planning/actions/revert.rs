@@ -494,10 +494,7 @@ fn clock(snapshot: &Snapshot, after: VmState, facts: &Facts, draft: &mut Draft) 
 }
 
 /// What has to be set right in libvirt's record before the revert.
-fn mend(
-    snapshot: &Snapshot,
-    facts: &Facts,
-) -> Result<Option<lineage::Overlays>, Fault> {
+fn mend(snapshot: &Snapshot, facts: &Facts) -> Result<Option<lineage::Overlays>, Fault> {
     lineage::to_mend(facts).map_err(|fault| match fault.reason {
         Reason::CurrentUnknown => fault.with("snapshot", &snapshot.name),
         _ => fault,
