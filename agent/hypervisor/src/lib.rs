@@ -22,6 +22,7 @@ mod guest;
 pub mod image;
 mod lanes;
 mod options;
+pub mod overlap;
 mod snapshot;
 mod snapshot_xml;
 mod storage;
@@ -29,7 +30,7 @@ mod storage;
 pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};
 pub use definition::{
-    BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Nvram,
+    BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Mirror, Nvram,
     SharedMemory,
 };
 pub use domain::{DomainJob, DomainState, DomainSummary, MemTune, StateReason, VcpuInfo, Xml};

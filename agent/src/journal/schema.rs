@@ -9,7 +9,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::JournalError;
 
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE runs (
         id TEXT PRIMARY KEY,
         request_id TEXT NOT NULL,
@@ -55,7 +56,23 @@ const MIGRATIONS: &[&str] = &["
         last INTEGER NOT NULL,
         UNIQUE (reason, subject)
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE merges (
+        vm_uuid TEXT NOT NULL,
+        snapshot TEXT NOT NULL,
+        created INTEGER NOT NULL,
+        disk TEXT NOT NULL,
+        PRIMARY KEY (vm_uuid, snapshot, disk)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE merged (
+        path TEXT PRIMARY KEY,
+        written INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    ALTER TABLE files ADD COLUMN vm TEXT NOT NULL DEFAULT '';
+    UPDATE files SET vm = coalesce((SELECT vm FROM runs WHERE id = files.run), '');
+",
+];
 
 /// Opens a database and brings it to the newest schema.
 pub fn open(path: &Path) -> Result<Connection, JournalError> {

@@ -6,10 +6,13 @@ use jiff::Timestamp;
 use vmsnap_hypervisor::{SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, image};
 
 use super::Observer;
-use crate::planning::{
-    Fault,
-    facts::{Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState},
-    health,
+use crate::{
+    journal::BegunMerge,
+    planning::{
+        Fault,
+        facts::{Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState},
+        health,
+    },
 };
 
 impl Observer {
@@ -64,13 +67,28 @@ impl Observer {
             .await?
             .into_iter()
             .collect();
-        let ours = self.journal.noted_files().await?;
+        let ours = self.ours(&vm.name).await?;
         let files = self.look(vm, &listed, &records).await;
+        // Those of a snapshot that is gone, or of an earlier one of the same name,
+        // say nothing any more.
+        let begun: Vec<BegunMerge> = self
+            .journal
+            .begun_merges(&vm.uuid)
+            .await?
+            .into_iter()
+            .filter(|merge| {
+                listed
+                    .iter()
+                    .any(|info| info.name == merge.snapshot && info.creation_time == merge.created)
+            })
+            .collect();
         let mut all: Vec<Snapshot> = listed
             .iter()
             .map(|info| fact(info, records.get(&info.name)))
             .collect();
         sort(&mut all);
+        let finished = self.journal.finished_merges().await?;
+        let half = self.compared.find(&all, &vm.disks, &finished).await;
         let known = health::Files {
             images: files
                 .images
@@ -97,6 +115,14 @@ impl Observer {
                         .filter(|disk| disk.delete_in_progress)
                         .map(|disk| (info.name.as_str(), disk.target.as_str()))
                 })
+                .collect(),
+            half: half
+                .iter()
+                .map(|(image, from)| (image.as_str(), from.as_slice()))
+                .collect(),
+            begun: begun
+                .iter()
+                .map(|merge| (merge.snapshot.as_str(), merge.disk.as_str()))
                 .collect(),
         };
         let healths: Vec<Health> = all
@@ -185,7 +211,7 @@ impl Observer {
             .flat_map(|(info, definition)| {
                 info.disks
                     .iter()
-                    .filter(|disk| disk.mode == SnapshotMode::External)
+                    .filter(|disk| disk.mode != SnapshotMode::No)
                     .filter_map(|disk| {
                         definition
                             .disks

@@ -125,6 +125,9 @@ impl Observer {
             for image in &disk.backing {
                 add(users, &image.path, user);
             }
+            if let Some(mirror) = &disk.mirror {
+                self.chain(&mirror.path, user, users).await;
+            }
         }
         if let Some(nvram) = definition
             .nvram

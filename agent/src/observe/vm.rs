@@ -167,6 +167,11 @@ impl Observer {
             path,
             chain,
             chain_problem,
+            merging_into: disk
+                .mirror
+                .as_ref()
+                .filter(|mirror| mirror.merge)
+                .map(|mirror| mirror.path.clone()),
         }
     }
 }

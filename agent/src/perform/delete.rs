@@ -1,107 +1,217 @@
 //! Deleting snapshots, which merges overlays, with progress in bytes.
 //!
 //! Invariants: libvirt merges and pivots itself, so that chain and metadata never
-//! disagree; a snapshot that is not listed any more counts as deleted; a paused helper that libvirt booted for a
-//! VM that was off never stays.
+//! disagree; a snapshot that is not listed any more counts as deleted; what a
+//! merge is about to write into is in the journal before, and stays there unless
+//! the merge was finished or wrote nothing; a paused helper that libvirt booted
+//! for a VM that was off never stays.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
+use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{DeleteFlags, DomainState, image};
 
 use super::Performer;
-use crate::planning::{Done, Fault, facts::VmState};
+use crate::planning::{Done, Fault, Reason, facts::VmState};
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
-/// How soon a merge is looked for: libvirt's delete takes no limit, so that one
-/// is set on the job as soon as it is seen.
+/// How soon a merge is looked for: it may be over soon.
 const FIRST: Duration = Duration::from_millis(15);
+
+/// What a delete step says.
+pub(super) struct Merge<'a> {
+    /// The snapshot.
+    pub name: &'a str,
+    /// Only libvirt's entry goes.
+    pub metadata_only: bool,
+    /// Targets of the disks that may be merged.
+    pub disks: &'a [String],
+    /// The merge is driven here, at so many bytes per second at most.
+    pub bandwidth: Option<u64>,
+    /// Files of ours that go with it.
+    pub files: &'a [String],
+}
 
 impl Performer {
     pub(super) async fn delete(
         &self,
         index: usize,
-        name: &str,
-        metadata_only: bool,
-        disks: &[String],
-        bandwidth: Option<u64>,
-        files: &[String],
+        merge: Merge<'_>,
+        cancel: &Cancel,
     ) -> Result<Done, Fault> {
-        let flags = DeleteFlags {
+        let Merge {
+            name,
             metadata_only,
-            ..DeleteFlags::default()
+            disks,
+            files,
+            bandwidth,
+        } = merge;
+        let lower = if metadata_only {
+            Vec::new()
+        } else {
+            self.note_lower(name, disks).await?
         };
-        let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
-        let mut limited: Vec<&str> = Vec::new();
-        let expected = self.to_merge(name, disks).await;
-        let mut pause = FIRST;
-        let result = {
-            let deleting = self.hypervisor.delete_snapshot(self.vm(), name, flags);
-            tokio::pin!(deleting);
-            loop {
-                tokio::select! {
-                    result = &mut deleting => break result,
-                    () = tokio::time::sleep(pause) => {
-                        pause = (pause * 5 / 4).min(POLL);
-                        for disk in disks {
-                            let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
-                                continue;
-                            };
-                            if let Some(bytes) = bandwidth
-                                && !limited.contains(&disk.as_str())
-                                && self.hypervisor.block_job_speed(self.vm(), disk, bytes).await.is_ok()
-                            {
-                                limited.push(disk);
-                            }
-                            pause = POLL;
-                            merged.insert(disk, job.cur);
-                            self.progress(index, disk, job.cur, job.end);
-                        }
-                    }
+        let merging = match bandwidth {
+            Some(bandwidth) => {
+                self.delete_limited(index, name, &lower, bandwidth, cancel)
+                    .await
+            }
+            None => {
+                self.delete_by_libvirt(index, name, metadata_only, disks)
+                    .await
+            }
+        };
+        let mut merged = match merging {
+            Ok(merged) => merged,
+            Err(fault) => {
+                if lower.iter().all(|lower| stamp(&lower.path) == lower.stamp) {
+                    self.journal.forget_merge(&self.plan.vm_uuid, name).await?;
                 }
+                return Err(self.which_file(fault, &lower));
             }
         };
-        if let Err(error) = result {
-            let listed = self
-                .hypervisor
-                .snapshots(self.vm())
-                .await?
-                .iter()
-                .any(|snapshot| snapshot.name == name);
-            if listed {
-                return Err(error.into());
-            }
-        }
         // A merge may be over before it was looked at.
-        for (disk, bytes) in &expected {
-            let seen = merged.entry(disk).or_default();
-            *seen = (*seen).max(*bytes);
-            self.progress(index, disk, *seen, *seen);
+        for lower in &lower {
+            let seen = merged.entry(lower.disk).or_default();
+            *seen = (*seen).max(lower.above);
+            self.progress(index, lower.disk, *seen, *seen);
         }
+        let merged_bytes = merged.values().sum();
+        let written = lower
+            .iter()
+            .filter_map(|lower| Some((lower.path.clone(), stamp(&lower.path)?.0)))
+            .map(|(path, time)| (path, crate::observe::nanoseconds(time)))
+            .collect();
+        self.journal
+            .finish_merge(&self.plan.vm_uuid, name, written)
+            .await?;
         self.journal
             .forget_snapshot(&self.plan.vm_uuid, name)
             .await?;
         // libvirt removes overlays and memory; copies of UEFI variables are ours.
         self.remove_unused(files).await?;
         self.forget_gone().await?;
-        Ok(Done::Deleted {
-            merged_bytes: merged.values().sum(),
-        })
+        Ok(Done::Deleted { merged_bytes })
     }
 
-    /// Bytes that the overlay over a snapshot's data takes now, by disk: what its
-    /// deletion merges. Disks on whose chain the data does not lie merge nothing.
-    async fn to_merge<'a>(&self, name: &str, disks: &'a [String]) -> Vec<(&'a str, u64)> {
-        let Some(snapshot) = self.facts.as_ref().and_then(|facts| facts.snapshot(name)) else {
-            return Vec::new();
+    /// Adds the file that could not be written: the image of a chain that libvirt's
+    /// words name, else what was to be merged into.
+    fn which_file(&self, fault: Fault, lower: &[Lower<'_>]) -> Fault {
+        if fault.reason != Reason::StorageNotWritable {
+            return fault;
+        }
+        let chains = self
+            .facts
+            .iter()
+            .flat_map(|facts| &facts.vm.disks)
+            .flat_map(|disk| &disk.chain)
+            .map(|image| &image.path);
+        let named = chains
+            .filter(|path| fault.message.contains(&format!("'{path}'")))
+            .chain(lower.iter().map(|lower| &lower.path))
+            .next()
+            .cloned();
+        match named {
+            Some(path) => fault.with("path", path),
+            None => fault,
+        }
+    }
+
+    /// Has libvirt merge and delete. Returns the bytes that were seen to be merged,
+    /// by disk.
+    async fn delete_by_libvirt<'a>(
+        &self,
+        index: usize,
+        name: &str,
+        metadata_only: bool,
+        disks: &'a [String],
+    ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        let flags = DeleteFlags {
+            metadata_only,
+            ..DeleteFlags::default()
+        };
+        let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut pause = FIRST;
+        let deleting = self.hypervisor.delete_snapshot(self.vm(), name, flags);
+        tokio::pin!(deleting);
+        let result = loop {
+            tokio::select! {
+                result = &mut deleting => break result,
+                () = tokio::time::sleep(pause) => {
+                    pause = (pause * 5 / 4).min(POLL);
+                    for disk in disks {
+                        let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
+                            continue;
+                        };
+                        pause = POLL;
+                        merged.insert(disk, job.cur);
+                        self.progress(index, disk, job.cur, job.end);
+                    }
+                }
+            }
+        };
+        match result {
+            Ok(()) => Ok(merged),
+            Err(error) => {
+                let listed = self.hypervisor.snapshots(self.vm()).await?;
+                if listed.iter().any(|snapshot| snapshot.name == name) {
+                    return Err(error.into());
+                }
+                Ok(merged)
+            }
+        }
+    }
+
+    /// Merges the newest snapshot of the present state under a limit, then has
+    /// libvirt forget it.
+    async fn delete_limited<'a>(
+        &self,
+        index: usize,
+        name: &str,
+        lower: &[Lower<'a>],
+        bandwidth: u64,
+        cancel: &Cancel,
+    ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        let merged = self.merge_active(index, lower, bandwidth, cancel).await?;
+        let flags = DeleteFlags {
+            metadata_only: true,
+            ..DeleteFlags::default()
+        };
+        self.hypervisor
+            .delete_snapshot(self.vm(), name, flags)
+            .await?;
+        // All that it held was merged, as nobody but us can know.
+        let left: Vec<String> = lower.iter().map(|lower| lower.upper.clone()).collect();
+        self.remove_unused(&left).await?;
+        Ok(merged)
+    }
+
+    /// The images that deleting a snapshot merges into, noted in the journal:
+    /// those that hold its data of the given disks. Disks on whose chain the data
+    /// does not lie merge nothing.
+    async fn note_lower<'a>(
+        &self,
+        name: &str,
+        disks: &'a [String],
+    ) -> Result<Vec<Lower<'a>>, Fault> {
+        let listed = self.hypervisor.snapshots(self.vm()).await?;
+        let Some(snapshot) = listed.into_iter().find(|one| one.name == name) else {
+            return Ok(Vec::new());
         };
         let mut found = Vec::new();
         for disk in disks {
             let data = snapshot
-                .disks
+                .definition
                 .iter()
+                .flat_map(|definition| &definition.disks)
                 .find(|one| one.target == *disk)
-                .and_then(|one| one.data.as_ref());
+                .and_then(|one| one.path.as_ref());
             let (Some(data), Ok(Some(active))) =
                 (data, self.observer.disk_path(self.vm(), disk).await)
             else {
@@ -112,15 +222,36 @@ impl Performer {
             };
             let at = chain.iter().position(|image| image.path == *data);
             if let Some(above) = at.and_then(|at| at.checked_sub(1)) {
-                found.push((disk.as_str(), chain[above].actual_size));
+                found.push(Lower {
+                    disk,
+                    upper: chain[above].path.clone(),
+                    above: chain[above].actual_size,
+                    stamp: stamp(data),
+                    path: data.clone(),
+                });
             }
         }
-        found
+        if !found.is_empty() {
+            let disks = found.iter().map(|lower| lower.disk.to_owned()).collect();
+            self.journal
+                .note_merge(&self.plan.vm_uuid, name, snapshot.creation_time, disks)
+                .await?;
+        }
+        Ok(found)
     }
 
-    /// A delete that failed leaves chain and metadata as they were; only the
-    /// helper of a VM that was off has to go.
-    pub(super) async fn undo_delete(&self, boots_helper: bool) -> Result<String, Fault> {
+    /// A delete that failed leaves chain and metadata as they were; only a merge
+    /// that was driven here has to be given up, and the helper of a VM that was off
+    /// has to go.
+    pub(super) async fn undo_delete(
+        &self,
+        boots_helper: bool,
+        driven: bool,
+        disks: &[String],
+    ) -> Result<String, Fault> {
+        if driven && self.abort_merges(disks.iter().map(String::as_str)).await? {
+            return Ok("the open merge was given up; the chain is as it was".into());
+        }
         if !boots_helper || self.plan.vm_state != VmState::Stopped {
             return Ok("chain and metadata are as libvirt left them".into());
         }
@@ -136,4 +267,23 @@ impl Performer {
         }
         Ok("no helper is left".into())
     }
+}
+
+/// An image that a merge writes into.
+pub(super) struct Lower<'a> {
+    /// Target of the disk.
+    pub disk: &'a str,
+    /// The image.
+    pub path: String,
+    /// The image above it, which is merged.
+    pub upper: String,
+    /// Bytes that it takes.
+    above: u64,
+    stamp: Option<(SystemTime, u64)>,
+}
+
+/// Tells whether a file was written: time of the last change, and blocks.
+fn stamp(path: &str) -> Option<(SystemTime, u64)> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.modified().ok()?, metadata.blocks()))
 }

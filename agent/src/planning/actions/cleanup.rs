@@ -53,8 +53,7 @@ fn snapshots(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), 
         );
         return Ok(());
     };
-    checks::no_block_job(facts)?;
-    checks::no_managed_save(facts)?;
+    checks::changeable(facts)?;
     let mut list: Vec<&Snapshot> = match cleanup.children {
         Children::Keep => Vec::new(),
         Children::Delete | Children::Only => tree::descendants_leaf_first(facts, &cleanup.name),
@@ -83,8 +82,7 @@ fn policy(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), Fau
     }
     let (go, stay): (Vec<_>, Vec<_>) = judged.into_iter().partition(|one| one.goes);
     if !go.is_empty() {
-        checks::no_block_job(facts)?;
-        checks::no_managed_save(facts)?;
+        checks::changeable(facts)?;
     }
     for one in stay {
         let size = one.snapshot.size;

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 
 use crate::planning::{
     actions::checks,
-    facts::{Facts, Health, Kind, Memory, Snapshot, VmState, folder_of},
-    names,
+    facts::{Facts, Health, Kind, Memory, Snapshot, SnapshotDisk, VmState, folder_of},
+    files, names,
     outcome::Verdict,
     plan::Draft,
     reason::{Fault, Reason},
@@ -47,9 +47,15 @@ pub fn in_order(
     draft: &mut Draft,
 ) -> Result<(), Fault> {
     let mut seen = facts.clone();
-    for snapshot in snapshots {
+    // A merge that was cut off is finished before anything else is merged.
+    let torn = |one: &&&Snapshot| {
+        matches!(one.health, Health::Torn(_)) && tree::is_on_active_path(facts, &one.name)
+    };
+    let first = snapshots.iter().filter(torn);
+    let then = snapshots.iter().filter(|one| !torn(one));
+    for snapshot in first.chain(then) {
         let step = one(&snapshot.name, rule, bandwidth, &seen)?;
-        add(step, snapshot, rule, draft);
+        add(step, snapshot, rule, bandwidth, &seen, draft);
         forget(&mut seen, &snapshot.name);
     }
     Ok(())
@@ -84,7 +90,7 @@ pub fn as_many_as_possible<'a>(
             let (snapshot, rule) = entry;
             match one(&snapshot.name, rule, bandwidth, &seen) {
                 Ok(step) => {
-                    add(step, snapshot, rule, draft);
+                    add(step, snapshot, rule, bandwidth, &seen, draft);
                     forget(&mut seen, &snapshot.name);
                 }
                 Err(because) => {
@@ -100,7 +106,61 @@ pub fn as_many_as_possible<'a>(
     }
 }
 
-fn add(step: Step, snapshot: &Snapshot, rule: &str, draft: &mut Draft) {
+fn add(
+    step: Step,
+    snapshot: &Snapshot,
+    rule: &str,
+    limit: Option<u64>,
+    facts: &Facts,
+    draft: &mut Draft,
+) {
+    if let (
+        Some(limit),
+        Step::DeleteSnapshot {
+            bandwidth: None,
+            metadata_only: false,
+            disks,
+            ..
+        },
+    ) = (limit, &step)
+        && !disks.is_empty()
+        && tree::is_on_active_path(facts, &snapshot.name)
+    {
+        draft.warn(
+            "LIMIT_NOT_KEPT",
+            format!(
+                "libvirt merges snapshot '{}' without the limit of {limit} bytes per second: one \
+                 can be kept only for the newest snapshot of the present state, while the VM is on",
+                snapshot.name
+            ),
+            "",
+        );
+    }
+    if matches!(
+        step,
+        Step::DeleteSnapshot {
+            metadata_only: true,
+            ..
+        }
+    ) {
+        let left: Vec<&str> = overlays_of(snapshot)
+            .map(String::as_str)
+            .filter(|path| files::exists(facts, path) == Some(true))
+            .collect();
+        if !left.is_empty() {
+            draft.warn(
+                "OVERLAY_STAYS",
+                format!(
+                    "libvirt only takes snapshot '{}' off its list; {} stays, because nobody can \
+                     tell whether all that it holds was merged",
+                    snapshot.name,
+                    left.join(", ")
+                ),
+                "where nothing in it is missed, a cleanup with orphans: delete removes it if this \
+                 agent made it",
+            );
+        }
+    }
     draft.push(step);
     draft.change(
         format!("snapshot.{}", snapshot.name),
@@ -123,9 +183,9 @@ fn forget(facts: &mut Facts, name: &str) {
         return;
     };
     let on_path = tree::is_on_active_path(facts, name);
+    let metadata_only = is_metadata_only(&facts.snapshots[at], facts);
     let gone = facts.snapshots.remove(at);
-    let merged = gone.kind != Kind::Internal
-        && !matches!(gone.health, Health::MergedAway(_) | Health::MetadataOnly);
+    let merged = gone.kind != Kind::Internal && !metadata_only;
     for disk in gone.disks.iter().filter(|_| merged) {
         let Some(data) = &disk.data else { continue };
         // What the children hold lies one image lower from now on.
@@ -187,17 +247,18 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
         )
         .with("snapshot", &snapshot.name));
     }
-    let metadata_only = matches!(
-        snapshot.health,
-        Health::MergedAway(_) | Health::MetadataOnly
-    );
+    let metadata_only = is_metadata_only(snapshot, facts);
     let external = snapshot.kind != Kind::Internal;
     let children = tree::children(facts, &snapshot.name);
     let mut files = own_files(snapshot);
     if metadata_only {
-        // libvirt leaves them; ours go, unless somebody stands on them.
+        // libvirt leaves them. Ours go, unless somebody stands on them; not so
+        // overlays, which may hold what was never merged: they become orphans.
         let ours = snapshot.record.is_some();
-        files.retain(|file| ours && checks::not_shared(facts, [file.as_str()]).is_ok());
+        files.retain(|file| {
+            ours && overlays_of(snapshot).all(|overlay| overlay != file)
+                && checks::not_shared(facts, [file.as_str()]).is_ok()
+        });
     }
     if !metadata_only && external {
         files.extend(left_behind(snapshot, &children, facts));
@@ -215,6 +276,7 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
                 .chain(files.iter().map(String::as_str))
                 .collect::<Vec<_>>(),
         )?;
+        lower_writable(snapshot, facts)?;
         merge_fits(snapshot, facts)?;
     }
     if snapshot.kind == Kind::Internal && !metadata_only {
@@ -245,20 +307,76 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
             Vec::new()
         },
         boots_helper: merges && facts.vm.state == VmState::Stopped,
-        bandwidth,
+        bandwidth: bandwidth.filter(|_| takes_limit(snapshot, &children, facts)),
         files,
         rule: rule.to_owned(),
         size: snapshot.size,
     })
 }
 
-/// Files that belong to a snapshot beside its disks' data.
-fn own_files(snapshot: &Snapshot) -> Vec<String> {
-    let mut files: Vec<String> = snapshot
+/// Whether the merge of a snapshot can be driven under a limit: libvirt's own
+/// delete takes none, so it has to be the newest of the present state, on a VM
+/// that is on. What libvirt began and did not finish it has to finish itself.
+fn takes_limit(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> bool {
+    let covered = || snapshot.disks.iter().filter(|disk| disk.kind.is_some());
+    snapshot.kind != Kind::Internal
+        && snapshot.health == Health::Whole
+        && snapshot.current
+        && children.is_empty()
+        && facts.vm.state != VmState::Stopped
+        && covered().next().is_some()
+        && covered().all(|disk| {
+            facts
+                .vm
+                .disks
+                .iter()
+                .find(|vm| vm.target == disk.target)
+                .filter(|vm| vm.writable())
+                .and_then(|vm| vm.chain.get(1))
+                .is_some_and(|below| Some(&below.path) == disk.data.as_ref())
+        })
+}
+
+/// Whether only libvirt's entry of a snapshot can go: there is nothing that it
+/// could merge.
+fn is_metadata_only(snapshot: &Snapshot, facts: &Facts) -> bool {
+    match snapshot.health {
+        Health::MergedAway(_) | Health::MetadataOnly => true,
+        // libvirt knows how to finish what it began, unless all is merged already.
+        Health::Torn(_) => snapshot.disks.iter().any(|disk| {
+            let vm = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
+            disk.kind.is_some() && vm.is_some_and(|vm| Some(&vm.path) == disk.data.as_ref())
+        }),
+        Health::Whole | Health::DataMissing(_) => {
+            snapshot.kind != Kind::Internal
+                && tree::is_on_active_path(facts, &snapshot.name)
+                && snapshot.disks.iter().any(|disk| off_chain(disk, facts))
+        }
+    }
+}
+
+/// Whether the present state does not stand on the data of a disk, although the
+/// tree says that it descends from it: libvirt finds nothing to merge then.
+fn off_chain(disk: &SnapshotDisk, facts: &Facts) -> bool {
+    let vm = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
+    match (vm, &disk.data) {
+        (Some(vm), Some(data)) if disk.kind.is_some() && !vm.chain.is_empty() => {
+            vm.chain.iter().all(|image| image.path != *data)
+        }
+        _ => false,
+    }
+}
+
+fn overlays_of(snapshot: &Snapshot) -> impl Iterator<Item = &String> {
+    snapshot
         .disks
         .iter()
-        .filter_map(|disk| disk.overlay.clone())
-        .collect();
+        .filter_map(|disk| disk.overlay.as_ref())
+}
+
+/// Files that belong to a snapshot beside its disks' data.
+fn own_files(snapshot: &Snapshot) -> Vec<String> {
+    let mut files: Vec<String> = overlays_of(snapshot).cloned().collect();
     if let Memory::External(file) = &snapshot.memory {
         files.push(file.clone());
     }
@@ -310,20 +428,17 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
             "this host's libvirt cannot delete external snapshots; 9.0 or newer can".to_owned(),
         ));
     }
-    if children.len() > 1 {
-        let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
+    if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
+        return Err(in_the_way(
+            snapshot,
+            children,
+            facts,
             format!(
-                "snapshot '{}' has {} children ({}), and libvirt cannot merge into several; \
-                 delete all but one of them first, each after its own children",
-                snapshot.name,
-                names.len(),
-                names.join(", ")
+                "the present state of VM '{}' does not descend from snapshot '{}', and libvirt \
+                 deletes such a snapshot only when it has no children",
+                facts.vm.name, snapshot.name
             ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", names.join(",")));
+        ));
     }
     if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
         let order: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
@@ -343,19 +458,36 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
         .with("branches", order.join(",")));
     }
     if snapshot.current && !children.is_empty() {
-        let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
+        return Err(in_the_way(
+            snapshot,
+            children,
+            facts,
             format!(
                 "the present state stands on snapshot '{}' beside {}, and libvirt cannot merge \
-                 under both; delete {} first, each after its own children",
+                 under both",
                 snapshot.name,
-                names.join(", "),
-                names.join(", ")
+                names_of(children)
             ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", names.join(",")));
+        ));
+    }
+    if children.len() > 1 {
+        // The one that the present state descends from may stay.
+        let others: Vec<&Snapshot> = children
+            .iter()
+            .filter(|child| !tree::is_on_active_path(facts, &child.name))
+            .copied()
+            .collect();
+        return Err(in_the_way(
+            snapshot,
+            &others,
+            facts,
+            format!(
+                "snapshot '{}' has {} children ({}), and libvirt cannot merge into several",
+                snapshot.name,
+                children.len(),
+                names_of(children)
+            ),
+        ));
     }
     if let Some(parent) = snapshot
         .parent
@@ -367,10 +499,12 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
             Reason::KindsMixed,
             format!(
                 "external snapshot '{}' stands on the internal snapshot '{}', and libvirt cannot \
-                 merge it; delete '{}' first while the VM is off",
+                 merge it; delete '{}' first, while the VM is off",
                 snapshot.name, parent.name, parent.name
             ),
-        ));
+        )
+        .with("snapshot", &snapshot.name)
+        .with("order", &parent.name));
     }
     media_merge(snapshot, facts)?;
     if let Some(internal) = inner_internal(snapshot, facts) {
@@ -381,30 +515,34 @@ fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
                  would be lost with it; delete '{internal}' first",
                 snapshot.name
             ),
-        ));
+        )
+        .with("snapshot", &snapshot.name)
+        .with("order", internal));
     }
     // Deleting a snapshot of a VM that is off while another branch stands on its
     // files crashes libvirt 11.3.
     if facts.vm.state == VmState::Stopped {
         let path = tree::active_path(facts);
-        let side = facts.snapshots.iter().find(|other| {
-            other.name != snapshot.name
-                && !path.iter().any(|on| on.name == other.name)
-                && tree::descendants_leaf_first(facts, &snapshot.name)
-                    .iter()
-                    .any(|below| below.name == other.name)
-        });
-        if let Some(side) = side {
+        let side: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
+            .into_iter()
+            .map(|below| below.name.as_str())
+            .filter(|below| !path.iter().any(|on| on.name == *below))
+            .collect();
+        if !side.is_empty() {
             return Err(Fault::new(
                 Reason::SnapshotBranches,
                 format!(
-                    "VM '{}' is off and snapshot '{}' is on another branch that stands on '{}'; \
-                     libvirt crashes on that: start the VM first, or delete '{}' first",
-                    facts.vm.name, side.name, snapshot.name, side.name
+                    "VM '{}' is off and other branches stand on snapshot '{}'; libvirt crashes on \
+                     that: start the VM first, or delete {} first{}",
+                    facts.vm.name,
+                    snapshot.name,
+                    side.join(", "),
+                    in_this_order(&side)
                 ),
             )
             .with("snapshot", &snapshot.name)
-            .with("branches", &side.name));
+            .with("branches", side.join(","))
+            .with("order", side.join(",")));
         }
     }
     Ok(())
@@ -440,6 +578,44 @@ fn media_merge(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+fn names_of(snapshots: &[&Snapshot]) -> String {
+    let names: Vec<&str> = snapshots.iter().map(|one| one.name.as_str()).collect();
+    names.join(", ")
+}
+
+fn in_this_order(names: &[&str]) -> &'static str {
+    if names.len() > 1 {
+        ", in this order"
+    } else {
+        ""
+    }
+}
+
+/// The refusal to delete a snapshot on which others stand, with what has to go
+/// before, in an order that works.
+fn in_the_way(snapshot: &Snapshot, others: &[&Snapshot], facts: &Facts, problem: String) -> Fault {
+    let order: Vec<&str> = others
+        .iter()
+        .flat_map(|other| {
+            let mut names = tree::descendants_leaf_first(facts, &other.name);
+            names.push(other);
+            names
+        })
+        .map(|one| one.name.as_str())
+        .collect();
+    Fault::new(
+        Reason::SnapshotBranches,
+        format!(
+            "{problem}; delete {} first{}",
+            order.join(", "),
+            in_this_order(&order)
+        ),
+    )
+    .with("snapshot", &snapshot.name)
+    .with("branches", names_of(others).replace(", ", ","))
+    .with("order", order.join(","))
 }
 
 /// An internal snapshot that lies in an overlay of an external one.
@@ -489,7 +665,40 @@ fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
                      the VM to delete it",
                     snapshot.name, disk.target, active.path
                 ),
-            ));
+            )
+            .with("snapshot", &snapshot.name)
+            .with("image", data));
+        }
+    }
+    Ok(())
+}
+
+/// A merge writes into the image that holds the snapshot's data.
+fn lower_writable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if !tree::is_on_active_path(facts, &snapshot.name) {
+        return Ok(());
+    }
+    let written = snapshot
+        .disks
+        .iter()
+        .filter(|disk| disk.kind.is_some())
+        .filter_map(|disk| disk.data.as_deref());
+    for data in written {
+        if facts
+            .folders
+            .get(folder_of(data))
+            .is_some_and(|folder| !folder.writable)
+        {
+            return Err(Fault::new(
+                Reason::StorageNotWritable,
+                format!(
+                    "deleting snapshot '{}' would merge into '{data}', and its folder is mounted \
+                     read-only",
+                    snapshot.name
+                ),
+            )
+            .with("snapshot", &snapshot.name)
+            .with("path", data));
         }
     }
     Ok(())
