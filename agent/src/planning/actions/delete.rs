@@ -367,7 +367,8 @@ fn off_chain(disk: &SnapshotDisk, facts: &Facts) -> bool {
     }
 }
 
-fn overlays_of(snapshot: &Snapshot) -> impl Iterator<Item = &String> {
+/// Overlays that a snapshot made.
+pub fn overlays_of(snapshot: &Snapshot) -> impl Iterator<Item = &String> {
     snapshot
         .disks
         .iter()
@@ -667,7 +668,8 @@ fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
                 ),
             )
             .with("snapshot", &snapshot.name)
-            .with("image", data));
+            .with("image", data)
+            .with("state_needed", VmState::Stopped.name()));
         }
     }
     Ok(())
