@@ -46,8 +46,14 @@ fn image_holds(lab: &Lab, image: &str, numbers: &[u8]) -> Result<()> {
         command.args(["-c", &format!("read -P {byte} {at} {MIB}")]);
     }
     let said = command::succeed(command.arg(image))?;
-    let wrong: Vec<&str> = said.lines().filter(|line| line.contains("failed")).collect();
-    ensure!(wrong.is_empty(), "{image} does not hold {numbers:?}: {wrong:?}");
+    let wrong: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("failed"))
+        .collect();
+    ensure!(
+        wrong.is_empty(),
+        "{image} does not hold {numbers:?}: {wrong:?}"
+    );
     Ok(())
 }
 
@@ -239,8 +245,8 @@ fn mixed(lab: &Lab, tree: &[&str]) -> Result<Blank> {
 }
 
 #[test]
-fn in_a_mixed_tree_each_delete_that_cannot_be_is_refused_with_what_helps_and_that_helps() -> Result<()>
-{
+fn in_a_mixed_tree_each_delete_that_cannot_be_is_refused_with_what_helps_and_that_helps()
+-> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     for (tree, impossible) in [
@@ -274,8 +280,8 @@ fn in_a_mixed_tree_each_delete_that_cannot_be_is_refused_with_what_helps_and_tha
 }
 
 #[test]
-fn a_revert_to_an_internal_snapshot_says_which_external_ones_on_its_image_it_would_spoil() -> Result<()>
-{
+fn a_revert_to_an_internal_snapshot_says_which_external_ones_on_its_image_it_would_spoil()
+-> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     let domain = mixed(&lab, &["i1", "e1", "i2"])?;
@@ -293,7 +299,11 @@ fn a_revert_to_an_internal_snapshot_says_which_external_ones_on_its_image_it_wou
     healths(
         &agent,
         &domain,
-        &[("e1", "merged_away"), ("i1", "whole"), ("i2", "merged_away")],
+        &[
+            ("e1", "merged_away"),
+            ("i1", "whole"),
+            ("i2", "merged_away"),
+        ],
     )?;
     // libvirt deletes none of them; their entries go, the overlay stays.
     for snapshot in ["e1", "i2"] {
@@ -365,7 +375,9 @@ impl CutOff<'_> {
             ensure!(health == expected, "{snapshot} is {health}");
         }
         let failure = refused(self.agent, self.domain, &["revert", name, self.snapshot])?;
-        ensure!(reason(&failure) == "SNAPSHOT_NOT_WHOLE" && failure["metadata"]["health"] == "torn");
+        ensure!(
+            reason(&failure) == "SNAPSHOT_NOT_WHOLE" && failure["metadata"]["health"] == "torn"
+        );
         if running {
             self.domain.virsh("start", &[])?;
         }
@@ -417,7 +429,8 @@ fn filled(domain: &Domain, snapshot: &str, byte: u8) -> Result<()> {
 }
 
 #[test]
-fn a_snapshot_whose_delete_by_virsh_was_cut_off_is_torn_until_the_delete_is_finished() -> Result<()> {
+fn a_snapshot_whose_delete_by_virsh_was_cut_off_is_torn_until_the_delete_is_finished() -> Result<()>
+{
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     let domain = slow(&lab, 4)?;
@@ -469,4 +482,567 @@ fn a_snapshot_whose_delete_by_the_product_was_cut_off_is_torn_until_the_delete_i
     filled(&domain, "e2", 1)?;
     assert!(domain.has_pattern("vda", 4, 0, LONG)?);
     domain.check("vda")
+}
+
+#[test]
+fn an_open_block_job_is_in_the_way_of_everything_and_what_was_said_to_end_it_works() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    for end in ["--pivot", "--abort"] {
+        let domain = lab.blank(&BlankSpec::default())?;
+        let name = domain.name.as_str();
+        write(&domain, 1)?;
+        agent.vmsnap(&["create", name, "e1"])?.result()?;
+        // The same place again: a merge writes over what e1 holds.
+        domain.write_pattern("vda", 2, MIB, MIB)?;
+        if end == "--abort" {
+            thread::sleep(Duration::from_secs(3));
+        }
+        domain.virsh("blockcommit", &["vda", "--active"])?;
+        eventually(Duration::from_secs(20), "merge that is ready", || {
+            domain
+                .virsh("dumpxml", &[])
+                .is_ok_and(|xml| xml.contains("ready='yes'"))
+        })?;
+        for words in [
+            vec!["create", name, "e2"],
+            vec!["commit", name, "e1"],
+            vec!["commit", name, "--all"],
+            vec!["commit", name, "--resize-to", "128M"],
+            vec!["cleanup", name, "e1"],
+        ] {
+            let failure = refused(&agent, &domain, &words)?;
+            assert_eq!(reason(&failure), "BLOCK_JOB_ACTIVE", "{words:?}");
+            assert_eq!(failure["metadata"]["disk"], "vda");
+            let message = failure["message"].as_str().context("a message")?;
+            assert!(message.contains(&format!("virsh blockjob {name} vda --pivot")));
+        }
+        let failure = refused(&agent, &domain, &["revert", name, "e1"])?;
+        assert_eq!(reason(&failure), "SNAPSHOT_NOT_WHOLE");
+        healths(&agent, &domain, &[("e1", "torn")])?;
+        domain.virsh("blockjob", &["vda", end])?;
+        // Either way the image of e1 holds what was written later.
+        let left = if end == "--pivot" {
+            "merged_away"
+        } else {
+            "torn"
+        };
+        healths(&agent, &domain, &[("e1", left)])?;
+        agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
+        assert_eq!(domain.snapshots()?, NONE);
+        assert_eq!(domain.chain("vda")?, [format!("{name}.qcow2")]);
+        assert!(domain.has_pattern("vda", 2, MIB, MIB)?);
+        agent.vmsnap(&["create", name, "e2"])?.result()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_copy_job_writes_is_in_use_although_no_definition_names_it() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    let copy = lab.images().join(format!("{name}-old.qcow2"));
+    let shown = copy.display().to_string();
+    domain.virsh("blockcopy", &["vda", &shown, "--transient-job"])?;
+    let kept = agent.vmsnap(&["cleanup", name])?;
+    assert_eq!(kept.result()?["changed"], false, "{:?}", kept.events);
+    assert!(copy.exists());
+    domain.virsh("blockjob", &["vda", "--abort"])?;
+    assert_eq!(agent.vmsnap(&["cleanup", name])?.result()?["changed"], true);
+    assert!(!copy.exists());
+    Ok(())
+}
+
+#[test]
+fn a_merge_behind_libvirts_back_spoils_only_what_does_not_read_through_it() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    chain_of(&agent, &domain, 4)?;
+    let overlay = |number: u8| {
+        let file = format!("{name}.vda.e{number}.qcow2");
+        domain.folder().join(file).display().to_string()
+    };
+    // What was written after e2 goes into the image that holds e2.
+    let words = ["vda", "--top", &overlay(2), "--base", &overlay(1), "--wait"];
+    domain.virsh("blockcommit", &words)?;
+    let expected = [
+        ("e1", "whole"),
+        ("e2", "merged_away"),
+        ("e3", "whole"),
+        ("e4", "whole"),
+    ];
+    healths(&agent, &domain, &expected)?;
+    let failure = refused(&agent, &domain, &["revert", name, "e2"])?;
+    assert_eq!(reason(&failure), "SNAPSHOT_NOT_WHOLE");
+    assert_eq!(failure["metadata"]["health"], "merged away");
+    keeps(&domain, "e1", &[])?;
+    keeps(&domain, "e3", &[1, 2])?;
+    keeps(&domain, "e4", &[1, 2, 3])?;
+    // The others still go the usual way, and the present state loses nothing.
+    agent.vmsnap(&["cleanup", name, "e4"])?.result()?;
+    let gone = agent.vmsnap(&["cleanup", name, "e2"])?;
+    gone.result()?;
+    assert!(
+        !warns(&gone, "OVERLAY_STAYS") || domain.files()?.contains(&format!("{name}.vda.e2.qcow2"))
+    );
+    for snapshot in ["e3", "e1"] {
+        agent.vmsnap(&["cleanup", name, snapshot])?.result()?;
+    }
+    assert_eq!(domain.snapshots()?, NONE);
+    holds(&domain, &[1, 2, 3, 4])?;
+    let judged = agent.vmsnap(&["cleanup", name, "--orphans", "delete"])?;
+    judged.result()?;
+    assert_eq!(domain.chain("vda")?, [format!("{name}.qcow2")]);
+    assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+    holds(&domain, &[1, 2, 3, 4])?;
+    domain.check("vda")
+}
+
+#[test]
+fn overlays_of_a_merge_behind_libvirts_back_go_only_when_orphans_are_to_be_deleted() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    chain_of(&agent, &domain, 2)?;
+    domain.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait"])?;
+    let overlay = |number: u8| format!("{name}.vda.e{number}.qcow2");
+    // Nobody can tell whether an overlay holds what was never merged.
+    let kept = agent.vmsnap(&["cleanup", name, "e2"])?;
+    assert_eq!(files_judged(&kept)?, [(overlay(2), false)].into());
+    assert!(warns(&kept, "OVERLAY_STAYS"));
+    assert_eq!(domain.snapshots()?, ["e1"]);
+    assert!(domain.files()?.contains(&overlay(2)));
+    let gone = agent.vmsnap(&["cleanup", name, "e1", "--orphans", "delete"])?;
+    let both = [(overlay(1), true), (overlay(2), true)];
+    assert_eq!(files_judged(&gone)?, both.into());
+    assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+    holds(&domain, &[1, 2])
+}
+
+/// Marks a file so that nobody can write it, not even root.
+struct Immutable<'a>(&'a str);
+
+impl<'a> Immutable<'a> {
+    fn mark(file: &'a str) -> Result<Self> {
+        command::succeed(&mut command::privileged(["chattr", "+i", file]))?;
+        Ok(Self(file))
+    }
+}
+
+impl Drop for Immutable<'_> {
+    fn drop(&mut self) {
+        let _ = command::succeed(&mut command::privileged(["chattr", "-i", self.0]));
+    }
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "a skipped part says why")]
+fn a_base_that_cannot_be_written_is_named_and_the_chain_stays_as_it_was() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    // In a folder of its own, which is read-only for everybody from here on.
+    let folder = lab.folder.join(format!("base{}", std::process::id()));
+    fs::create_dir(&folder)?;
+    lab.own(&folder)?;
+    let domain = lab.blank(&BlankSpec {
+        folder: Some(folder.clone()),
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    let base = domain.disk("vda")?;
+    let overlay = lab.images().join(format!("{name}.e1"));
+    let spec = format!("vda,snapshot=external,file={}", overlay.display());
+    let words = ["e1", "--disk-only", "--diskspec", &spec];
+    domain.virsh("snapshot-create-as", &words)?;
+    write(&domain, 1)?;
+    {
+        let _closed = lab.read_only(&folder)?;
+        for words in [vec!["cleanup", name, "e1"], vec!["commit", name, "e1"]] {
+            let failure = refused(&agent, &domain, &words)?;
+            assert_eq!(reason(&failure), "STORAGE_NOT_WRITABLE");
+            assert_eq!(failure["metadata"]["path"], base.as_str());
+        }
+    }
+    match Immutable::mark(&base) {
+        Err(error) => {
+            println!("no immutable files here, so QEMU's own refusal is not met: {error:#}")
+        }
+        Ok(_marked) => {
+            for (state, limit) in [
+                ("running", None),
+                // The agent's own merge.
+                ("running", Some("8M")),
+                ("shut off", None),
+            ] {
+                if domain.state()? != state {
+                    domain.virsh("destroy", &[])?;
+                }
+                let before = (domain.snapshots()?, domain.chain("vda")?);
+                let mut words = vec!["cleanup", name, "e1"];
+                words.extend(limit.into_iter().flat_map(|limit| ["--bandwidth", limit]));
+                let failed = agent.vmsnap(&words)?;
+                let failure = failed.failure()?;
+                assert_eq!(reason(failure), "STORAGE_NOT_WRITABLE", "{failure}");
+                assert_eq!(failure["metadata"]["path"], base.as_str());
+                assert_eq!(failed.all("step_failed").count(), 1, "it is tried once");
+                assert_eq!((domain.snapshots()?, domain.chain("vda")?), before);
+                assert_eq!(domain.state()?, state);
+                healths(&agent, &domain, &[("e1", "whole")])?;
+            }
+        }
+    }
+    holds(&domain, &[1])?;
+    agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
+    holds(&domain, &[1])?;
+    drop(domain);
+    fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+#[test]
+fn after_a_revert_each_refused_delete_gives_the_order_that_works() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    // Back to the one in the middle: the newest hangs beside the present state.
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    chain_of(&agent, &domain, 3)?;
+    agent.vmsnap(&["revert", name, "e2"])?.result()?;
+    write(&domain, 9)?;
+    for words in [
+        vec!["cleanup", name, "e2"],
+        vec!["commit", name, "e2"],
+        vec!["commit", name, "e1"],
+        vec!["commit", name, "--all"],
+    ] {
+        let failure = refused(&agent, &domain, &words)?;
+        assert_eq!(reason(&failure), "SNAPSHOT_BRANCHES", "{words:?}");
+        assert_eq!(names(&failure, "order"), ["e3"], "{words:?}");
+    }
+    let failure = refused(&agent, &domain, &["commit", name, "e3"])?;
+    assert_eq!(reason(&failure), "SNAPSHOT_BRANCHES");
+    assert_eq!(names(&failure, "active_path"), ["e2", "e1"]);
+    // What lies below the fork goes from both branches alike.
+    agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
+    holds(&domain, &[1, 9])?;
+    keeps(&domain, "e2", &[1])?;
+    keeps(&domain, "e3", &[1, 2])?;
+    healths(&agent, &domain, &[("e2", "whole"), ("e3", "whole")])?;
+    assert_eq!(delete_as_told(&agent, &domain, "e2")?, 1);
+    assert_eq!(domain.snapshots()?, NONE);
+    holds(&domain, &[1, 9])?;
+    assert_eq!(domain.chain("vda")?.len(), 1);
+    assert_eq!(domain.files()?.len(), 1, "{:?}", domain.files()?);
+    domain.check("vda")
+}
+
+#[test]
+fn a_branch_beside_the_present_state_goes_from_its_end_and_with_its_children_in_one_run()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    chain_of(&agent, &domain, 4)?;
+    agent.vmsnap(&["revert", name, "e1"])?.result()?;
+    write(&domain, 9)?;
+    agent.vmsnap(&["create", name, "f1"])?.result()?;
+    write(&domain, 10)?;
+    // libvirt deletes beside the present state only what has no children.
+    for (snapshot, order) in [("e2", ["e4", "e3"].as_slice()), ("e1", &["e4", "e3", "e2"])] {
+        let failure = refused(&agent, &domain, &["cleanup", name, snapshot])?;
+        assert_eq!(reason(&failure), "SNAPSHOT_BRANCHES");
+        assert_eq!(names(&failure, "order"), order, "{snapshot}");
+    }
+    let words = ["cleanup", name, "e3", "--children", "only"];
+    agent.vmsnap(&words)?.result()?;
+    assert_eq!(domain.snapshots()?, ["e1", "e2", "e3", "f1"]);
+    keeps(&domain, "e3", &[1, 2])?;
+    let words = ["cleanup", name, "e2", "--children", "delete"];
+    agent.vmsnap(&words)?.result()?;
+    assert_eq!(domain.snapshots()?, ["e1", "f1"]);
+    keeps(&domain, "e1", &[])?;
+    keeps(&domain, "f1", &[9])?;
+    holds(&domain, &[9, 10])?;
+    // All of both branches at once, from the ends on.
+    agent.vmsnap(&["create", name, "f2"])?.result()?;
+    let words = ["cleanup", name, "e1", "--children", "delete"];
+    agent.vmsnap(&words)?.result()?;
+    assert_eq!(domain.snapshots()?, NONE);
+    holds(&domain, &[9, 10])?;
+    assert_eq!(domain.files()?.len(), 1, "{:?}", domain.files()?);
+    domain.check("vda")
+}
+
+#[test]
+fn a_vm_that_is_off_merges_without_side_branches_only_and_ends_off_and_a_paused_one_stays_paused()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    chain_of(&agent, &domain, 3)?;
+    agent
+        .vmsnap(&["revert", name, "e2", "--state-after", "paused"])?
+        .result()?;
+    domain.virsh("suspend", &[]).ok();
+    assert_eq!(domain.state()?, "paused");
+    // While it is on, the branch is no obstacle below the fork.
+    agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
+    assert_eq!(domain.state()?, "paused");
+    agent.vmsnap(&["create", name, "f1"])?.result()?;
+    write(&domain, 9)?;
+    domain.virsh("destroy", &[])?;
+    // Both would have libvirt rebase the branch of a VM that is off: it crashes.
+    let failure = refused(&agent, &domain, &["cleanup", name, "e2"])?;
+    assert_eq!(reason(&failure), "SNAPSHOT_BRANCHES");
+    assert_eq!(names(&failure, "order"), ["e3"]);
+    agent.vmsnap(&["cleanup", name, "f1"])?.result()?;
+    assert_eq!(domain.state()?, "shut off");
+    holds(&domain, &[1, 9])?;
+    assert_eq!(delete_as_told(&agent, &domain, "e2")?, 1);
+    assert_eq!(domain.state()?, "shut off");
+    assert_eq!(domain.snapshots()?, NONE);
+    assert_eq!(domain.files()?.len(), 1, "{:?}", domain.files()?);
+    holds(&domain, &[1, 9])?;
+    domain.check("vda")
+}
+
+#[test]
+fn internal_snapshots_go_from_any_place_of_their_tree_on_and_off() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    let make = |count: u8| -> Result<()> {
+        for number in 1..=count {
+            let snapshot = format!("i{number}");
+            let words = ["create", name, &snapshot, "--kind", "internal"];
+            agent.vmsnap(&words)?.result()?;
+            write(&domain, number)?;
+        }
+        Ok(())
+    };
+    let inside = || -> Result<Vec<String>> {
+        let text = lab.qemu_img(["info", "-U", "--output=json", &domain.disk("vda")?])?;
+        let info: Value = serde_json::from_str(&text)?;
+        let mut names: Vec<String> = info["snapshots"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|one| one["name"].as_str().map(str::to_owned))
+            .collect();
+        names.sort();
+        Ok(names)
+    };
+    make(4)?;
+    for state in ["running", "shut off"] {
+        // One in the middle, the newest, the oldest: by name, or as what a commit
+        // drops.
+        for (words, left) in [
+            (vec!["cleanup", name, "i2"], vec!["i1", "i3", "i4"]),
+            (vec!["commit", name, "i4"], vec!["i1", "i3"]),
+            (
+                vec!["cleanup", name, "i1", "--children", "only"],
+                vec!["i1"],
+            ),
+            (vec!["cleanup", name, "i1", "--children", "delete"], vec![]),
+        ] {
+            agent.vmsnap(&words)?.result()?;
+            assert_eq!(domain.snapshots()?, left, "{state}: {words:?}");
+            assert_eq!(inside()?, left, "{state}: {words:?}");
+            assert_eq!(domain.state()?, state);
+        }
+        holds(&domain, &[1, 2, 3, 4])?;
+        if state == "running" {
+            domain.virsh("destroy", &[])?;
+            make(4)?;
+        }
+    }
+    domain.check("vda")
+}
+
+#[test]
+fn a_commit_of_all_drops_nothing_protected_and_nothing_foreign_that_was_not_named() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    // The disk stands on a golden image, into which nothing is ever merged.
+    let gold = lab
+        .images()
+        .join(format!("gold{}.qcow2", std::process::id()));
+    let gold = gold.display().to_string();
+    lab.qemu_img(["create", "-q", "-f", "qcow2", &gold, "64M"])?;
+    let untouched = fs::read(&gold)?;
+    let domain = lab.blank(&BlankSpec {
+        backing: Some(gold.clone()),
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    write(&domain, 1)?;
+    agent
+        .vmsnap(&["create", name, "kept", "--protected"])?
+        .result()?;
+    write(&domain, 2)?;
+    virsh_external(&domain, "theirs")?;
+    write(&domain, 3)?;
+    agent.vmsnap(&["create", name, "ours"])?.result()?;
+    write(&domain, 4)?;
+    for words in [vec!["commit", name, "--all"], vec!["commit", name, "kept"]] {
+        let failure = refused(&agent, &domain, &words)?;
+        assert_eq!(reason(&failure), "SNAPSHOT_PROTECTED");
+        assert_eq!(failure["metadata"]["snapshot"], "theirs", "{words:?}");
+    }
+    // Each that is named goes, with the newer one that may go unnamed.
+    let merged = agent.vmsnap(&["commit", name, "theirs"])?;
+    assert_eq!(
+        merged.result()?["merged"],
+        serde_json::json!(["ours", "theirs"])
+    );
+    let failure = refused(&agent, &domain, &["commit", name, "--all"])?;
+    assert_eq!(reason(&failure), "SNAPSHOT_PROTECTED");
+    assert_eq!(failure["metadata"]["snapshot"], "kept");
+    agent.vmsnap(&["commit", name, "kept"])?.result()?;
+    agent.vmsnap(&["create", name, "a"])?.result()?;
+    write(&domain, 5)?;
+    agent.vmsnap(&["create", name, "b"])?.result()?;
+    write(&domain, 6)?;
+    let all = agent.vmsnap(&["commit", name, "--all"])?;
+    assert_eq!(all.result()?["merged"], serde_json::json!(["b", "a"]));
+    let again = agent.vmsnap(&["commit", name, "--all"])?;
+    assert_eq!(again.result()?["changed"], false);
+    let base = Path::new(&gold).file_name().context("a name")?;
+    assert_eq!(
+        domain.chain("vda")?,
+        [format!("{name}.qcow2"), base.to_string_lossy().into_owned()]
+    );
+    holds(&domain, &[1, 2, 3, 4, 5, 6])?;
+    assert!(
+        fs::read(&gold)? == untouched,
+        "the golden image was written"
+    );
+    drop(domain);
+    fs::remove_file(gold)?;
+    Ok(())
+}
+
+#[test]
+fn what_another_vm_stands_on_is_neither_merged_into_nor_resized_reverted_or_deleted() -> Result<()>
+{
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    let base = domain.disk("vda")?;
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    let overlay = domain.disk("vda")?;
+    agent.vmsnap(&["create", name, "e2"])?.result()?;
+    let shared = |domain: &Domain, users: &[String], all: &[&[&str]]| -> Result<()> {
+        for words in all {
+            let failure = refused(&agent, domain, words)?;
+            ensure!(reason(&failure) == "FILE_SHARED", "{words:?}: {failure}");
+            ensure!(names(&failure, "users") == users, "{words:?}: {failure}");
+        }
+        Ok(())
+    };
+    let on = |backing: &str, stopped: bool| BlankSpec {
+        backing: Some(backing.to_owned()),
+        stopped,
+        ..BlankSpec::default()
+    };
+    {
+        // Its clone runs: on the base, below all snapshots.
+        let clone = lab.blank(&on(&base, false))?;
+        let by_clone = [clone.name.clone()];
+        shared(
+            &domain,
+            &by_clone,
+            &[
+                &["commit", name, "--all"],
+                &["commit", name, "e1"],
+                &["cleanup", name, "e1"],
+                &["cleanup", name, "e1", "--children", "delete"],
+                &["create", name, "e1", "--if-exists", "replace"],
+            ],
+        )?;
+        // What lies above goes.
+        agent.vmsnap(&["cleanup", name, "e2"])?.result()?;
+        agent.vmsnap(&["create", name, "e2"])?.result()?;
+    }
+    {
+        // On the data of a snapshot, and only in a snapshot: the VM itself has
+        // another disk by now.
+        let clone = lab.blank(&on(&overlay, true))?;
+        virsh_external(&clone, "was")?;
+        let other = lab.images().join(format!("{}-other.qcow2", clone.name));
+        let other = other.display().to_string();
+        lab.qemu_img(["create", "-q", "-f", "qcow2", &other, "64M"])?;
+        let xml = clone.virsh("dumpxml", &["--inactive"])?;
+        let definition = lab.folder.join(format!("{}.xml", clone.name));
+        lab.write(&definition, &xml.replace(&clone.disk("vda")?, &other))?;
+        lab.virsh(["define".as_ref(), definition.as_os_str()])?;
+        fs::remove_file(definition)?;
+        assert_eq!(clone.disk("vda")?, other);
+        let by_clone = [format!("{} (snapshot was)", clone.name)];
+        shared(
+            &domain,
+            &by_clone,
+            &[
+                &["commit", name, "--all"],
+                &["cleanup", name, "e2"],
+                &["cleanup", name, "e1"],
+            ],
+        )?;
+    }
+    agent.vmsnap(&["commit", name, "--all"])?.result()?;
+    assert_eq!(domain.chain("vda")?.len(), 1);
+    // The disk itself: what writes or removes it is refused.
+    domain.virsh("destroy", &[])?;
+    agent
+        .vmsnap(&["create", name, "i1", "--kind", "internal"])?
+        .result()?;
+    let clone = lab.blank(&on(&base, true))?;
+    let by_clone = [clone.name.clone()];
+    shared(
+        &domain,
+        &by_clone,
+        &[
+            &["commit", name, "--resize-to", "128M"],
+            &["revert", name, "i1"],
+            &["cleanup", name, "i1"],
+        ],
+    )?;
+    // The clone's own chain is its own.
+    agent.vmsnap(&["create", &clone.name, "s"])?.result()?;
+    agent.vmsnap(&["commit", &clone.name, "--all"])?.result()?;
+    assert_eq!(clone.chain("vda")?.len(), 2);
+    clone.check("vda")
+}
+
+#[test]
+fn an_overlay_on_which_a_clone_stands_is_not_thrown_away_by_a_revert() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec {
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    write(&domain, 1)?;
+    let present = domain.disk("vda")?;
+    let clone = lab.blank(&BlankSpec {
+        backing: Some(present.clone()),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let failure = refused(&agent, &domain, &["revert", name, "e1"])?;
+    assert_eq!(reason(&failure), "FILE_SHARED");
+    assert_eq!(failure["metadata"]["path"], present.as_str());
+    assert_eq!(names(&failure, "users"), [clone.name.as_str()]);
+    holds(&clone, &[1])
 }

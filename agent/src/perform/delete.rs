@@ -186,9 +186,6 @@ impl Performer {
         self.hypervisor
             .delete_snapshot(self.vm(), name, flags)
             .await?;
-        // All that it held was merged, as nobody but us can know.
-        let left: Vec<String> = lower.iter().map(|lower| lower.upper.clone()).collect();
-        self.remove_unused(&left).await?;
         Ok(merged)
     }
 
@@ -224,7 +221,6 @@ impl Performer {
             if let Some(above) = at.and_then(|at| at.checked_sub(1)) {
                 found.push(Lower {
                     disk,
-                    upper: chain[above].path.clone(),
                     above: chain[above].actual_size,
                     stamp: stamp(data),
                     path: data.clone(),
@@ -275,9 +271,7 @@ pub(super) struct Lower<'a> {
     pub disk: &'a str,
     /// The image.
     pub path: String,
-    /// The image above it, which is merged.
-    pub upper: String,
-    /// Bytes that it takes.
+    /// Bytes that the image above it takes.
     above: u64,
     stamp: Option<(SystemTime, u64)>,
 }

@@ -7,12 +7,10 @@
 //! Invariants: no file that another VM's chain uses is written or removed;
 //! nothing is drafted that this libvirt cannot do or that crashes it.
 
-use std::collections::BTreeMap;
-
 use crate::planning::{
-    actions::checks,
-    facts::{Facts, Health, Kind, Memory, Snapshot, SnapshotDisk, VmState, folder_of},
-    files, names,
+    actions::{checks, mergeable},
+    facts::{Facts, Health, Image, Kind, Memory, Snapshot, SnapshotDisk, VmState},
+    files,
     outcome::Verdict,
     plan::Draft,
     reason::{Fault, Reason},
@@ -184,6 +182,8 @@ fn forget(facts: &mut Facts, name: &str) {
     };
     let on_path = tree::is_on_active_path(facts, name);
     let metadata_only = is_metadata_only(&facts.snapshots[at], facts);
+    // All that stands on its data goes down into it.
+    let newest = facts.snapshots[at].current && tree::children(facts, name).is_empty();
     let gone = facts.snapshots.remove(at);
     let merged = gone.kind != Kind::Internal && !metadata_only;
     for disk in gone.disks.iter().filter(|_| merged) {
@@ -209,11 +209,14 @@ fn forget(facts: &mut Facts, name: &str) {
         if let Some(lower) = vm.chain.iter().position(|image| image.path == *data)
             && lower > 0
         {
-            let upper = vm.chain.remove(lower - 1);
-            let lower = &mut vm.chain[lower - 1];
-            lower.actual_size = lower.actual_size.saturating_add(upper.actual_size);
-            lower.virtual_size = upper.virtual_size;
-            if vm.path == upper.path {
+            let first = if newest { 0 } else { lower - 1 };
+            let upper: Vec<Image> = vm.chain.drain(first..lower).collect();
+            let lower = &mut vm.chain[first];
+            for image in upper.iter().rev() {
+                lower.actual_size = lower.actual_size.saturating_add(image.actual_size);
+                lower.virtual_size = image.virtual_size;
+            }
+            if first == 0 {
                 vm.path.clone_from(data);
             }
         }
@@ -251,6 +254,7 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
     let external = snapshot.kind != Kind::Internal;
     let children = tree::children(facts, &snapshot.name);
     let mut files = own_files(snapshot);
+    let mut driven = None;
     if metadata_only {
         // libvirt leaves them. Ours go, unless somebody stands on them; not so
         // overlays, which may hold what was never merged: they become orphans.
@@ -262,7 +266,11 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
     }
     if !metadata_only && external {
         files.extend(left_behind(snapshot, &children, facts));
-        mergeable(snapshot, &children, facts)?;
+        mergeable::check(snapshot, &children, facts)?;
+        driven = mergeable::drives(snapshot, &children, bandwidth, facts)?;
+        if driven.is_some() {
+            files.extend(mergeable::merged_by_hand(snapshot, facts));
+        }
         // What the snapshot left out, such as a medium that others read too, is
         // not written.
         let written = snapshot
@@ -276,11 +284,11 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
                 .chain(files.iter().map(String::as_str))
                 .collect::<Vec<_>>(),
         )?;
-        lower_writable(snapshot, facts)?;
-        merge_fits(snapshot, facts)?;
+        mergeable::lower_writable(snapshot, facts)?;
+        mergeable::merge_fits(snapshot, facts)?;
     }
     if snapshot.kind == Kind::Internal && !metadata_only {
-        internal_deletable(snapshot, facts)?;
+        mergeable::internal_deletable(snapshot, facts)?;
         checks::not_shared(
             facts,
             snapshot
@@ -307,34 +315,11 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
             Vec::new()
         },
         boots_helper: merges && facts.vm.state == VmState::Stopped,
-        bandwidth: bandwidth.filter(|_| takes_limit(snapshot, &children, facts)),
+        bandwidth: driven,
         files,
         rule: rule.to_owned(),
         size: snapshot.size,
     })
-}
-
-/// Whether the merge of a snapshot can be driven under a limit: libvirt's own
-/// delete takes none, so it has to be the newest of the present state, on a VM
-/// that is on. What libvirt began and did not finish it has to finish itself.
-fn takes_limit(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> bool {
-    let covered = || snapshot.disks.iter().filter(|disk| disk.kind.is_some());
-    snapshot.kind != Kind::Internal
-        && snapshot.health == Health::Whole
-        && snapshot.current
-        && children.is_empty()
-        && facts.vm.state != VmState::Stopped
-        && covered().next().is_some()
-        && covered().all(|disk| {
-            facts
-                .vm
-                .disks
-                .iter()
-                .find(|vm| vm.target == disk.target)
-                .filter(|vm| vm.writable())
-                .and_then(|vm| vm.chain.get(1))
-                .is_some_and(|below| Some(&below.path) == disk.data.as_ref())
-        })
 }
 
 /// Whether only libvirt's entry of a snapshot can go: there is nothing that it
@@ -420,327 +405,4 @@ fn left_behind(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Ve
         })
         .cloned()
         .collect()
-}
-
-fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Result<(), Fault> {
-    if !facts.host.deletes_external() {
-        return Err(Fault::new(
-            Reason::KindUnsupported,
-            "this host's libvirt cannot delete external snapshots; 9.0 or newer can".to_owned(),
-        ));
-    }
-    if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
-        return Err(in_the_way(
-            snapshot,
-            children,
-            facts,
-            format!(
-                "the present state of VM '{}' does not descend from snapshot '{}', and libvirt \
-                 deletes such a snapshot only when it has no children",
-                facts.vm.name, snapshot.name
-            ),
-        ));
-    }
-    if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
-        let order: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
-            .into_iter()
-            .map(|below| below.name.as_str())
-            .collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
-            format!(
-                "snapshot '{}' is on a branch that the present state does not stand on, and \
-                 libvirt deletes only from its end: delete {} first, in this order",
-                snapshot.name,
-                order.join(", ")
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", order.join(",")));
-    }
-    if snapshot.current && !children.is_empty() {
-        return Err(in_the_way(
-            snapshot,
-            children,
-            facts,
-            format!(
-                "the present state stands on snapshot '{}' beside {}, and libvirt cannot merge \
-                 under both",
-                snapshot.name,
-                names_of(children)
-            ),
-        ));
-    }
-    if children.len() > 1 {
-        // The one that the present state descends from may stay.
-        let others: Vec<&Snapshot> = children
-            .iter()
-            .filter(|child| !tree::is_on_active_path(facts, &child.name))
-            .copied()
-            .collect();
-        return Err(in_the_way(
-            snapshot,
-            &others,
-            facts,
-            format!(
-                "snapshot '{}' has {} children ({}), and libvirt cannot merge into several",
-                snapshot.name,
-                children.len(),
-                names_of(children)
-            ),
-        ));
-    }
-    if let Some(parent) = snapshot
-        .parent
-        .as_deref()
-        .and_then(|name| facts.snapshot(name))
-        && parent.kind == Kind::Internal
-    {
-        return Err(Fault::new(
-            Reason::KindsMixed,
-            format!(
-                "external snapshot '{}' stands on the internal snapshot '{}', and libvirt cannot \
-                 merge it; delete '{}' first, while the VM is off",
-                snapshot.name, parent.name, parent.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("order", &parent.name));
-    }
-    media_merge(snapshot, facts)?;
-    if let Some(internal) = inner_internal(snapshot, facts) {
-        return Err(Fault::new(
-            Reason::KindsMixed,
-            format!(
-                "the overlay of snapshot '{}' holds the internal snapshot '{internal}', which \
-                 would be lost with it; delete '{internal}' first",
-                snapshot.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("order", internal));
-    }
-    // Deleting a snapshot of a VM that is off while another branch stands on its
-    // files crashes libvirt 11.3.
-    if facts.vm.state == VmState::Stopped {
-        let path = tree::active_path(facts);
-        let side: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
-            .into_iter()
-            .map(|below| below.name.as_str())
-            .filter(|below| !path.iter().any(|on| on.name == *below))
-            .collect();
-        if !side.is_empty() {
-            return Err(Fault::new(
-                Reason::SnapshotBranches,
-                format!(
-                    "VM '{}' is off and other branches stand on snapshot '{}'; libvirt crashes on \
-                     that: start the VM first, or delete {} first{}",
-                    facts.vm.name,
-                    snapshot.name,
-                    side.join(", "),
-                    in_this_order(&side)
-                ),
-            )
-            .with("snapshot", &snapshot.name)
-            .with("branches", side.join(","))
-            .with("order", side.join(",")));
-        }
-    }
-    Ok(())
-}
-
-/// After a revert a drive runs on an overlay of its medium, which libvirt merges
-/// when the snapshot is deleted: it has to be in the drive still.
-fn media_merge(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    if !tree::is_on_active_path(facts, &snapshot.name) {
-        return Ok(());
-    }
-    for disk in snapshot.disks.iter().filter(|disk| disk.kind.is_some()) {
-        let drive = facts
-            .vm
-            .disks
-            .iter()
-            .find(|drive| drive.target == disk.target && drive.only_read());
-        if let (Some(drive), Some(data)) = (drive, &disk.data)
-            && !drive.chain.iter().skip(1).any(|image| image.path == *data)
-        {
-            return Err(Fault::new(
-                Reason::MediaNotCovered,
-                format!(
-                    "since the revert to snapshot '{}' the medium '{data}' was taken out of drive \
-                     {}, or changed, and libvirt then cannot delete the snapshot; revert to it \
-                     once more, and delete it before the medium is changed",
-                    snapshot.name, disk.target
-                ),
-            )
-            .with("snapshot", &snapshot.name)
-            .with("disk", &disk.target)
-            .with("medium", data));
-        }
-    }
-    Ok(())
-}
-
-fn names_of(snapshots: &[&Snapshot]) -> String {
-    let names: Vec<&str> = snapshots.iter().map(|one| one.name.as_str()).collect();
-    names.join(", ")
-}
-
-fn in_this_order(names: &[&str]) -> &'static str {
-    if names.len() > 1 {
-        ", in this order"
-    } else {
-        ""
-    }
-}
-
-/// The refusal to delete a snapshot on which others stand, with what has to go
-/// before, in an order that works.
-fn in_the_way(snapshot: &Snapshot, others: &[&Snapshot], facts: &Facts, problem: String) -> Fault {
-    let order: Vec<&str> = others
-        .iter()
-        .flat_map(|other| {
-            let mut names = tree::descendants_leaf_first(facts, &other.name);
-            names.push(other);
-            names
-        })
-        .map(|one| one.name.as_str())
-        .collect();
-    Fault::new(
-        Reason::SnapshotBranches,
-        format!(
-            "{problem}; delete {} first{}",
-            order.join(", "),
-            in_this_order(&order)
-        ),
-    )
-    .with("snapshot", &snapshot.name)
-    .with("branches", names_of(others).replace(", ", ","))
-    .with("order", order.join(","))
-}
-
-/// An internal snapshot that lies in an overlay of an external one.
-fn inner_internal<'a>(snapshot: &Snapshot, facts: &'a Facts) -> Option<&'a str> {
-    facts
-        .snapshots
-        .iter()
-        .filter(|other| other.kind == Kind::Internal)
-        .find(|other| {
-            other.disks.iter().any(|disk| {
-                snapshot
-                    .disks
-                    .iter()
-                    .any(|own| own.overlay.is_some() && own.overlay == disk.data)
-            })
-        })
-        .map(|other| other.name.as_str())
-}
-
-fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    if facts.vm.state == VmState::Stopped {
-        return Ok(());
-    }
-    if !names::is_job_id(&snapshot.name) {
-        return Err(Fault::new(
-            Reason::DomainState,
-            format!(
-                "internal snapshot '{}' can be deleted only while VM '{}' is off: QEMU makes its \
-                 name part of a job's id, in which only letters, digits, '-', '.' and '_' are \
-                 allowed",
-                snapshot.name.escape_debug(),
-                facts.vm.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("state", facts.vm.state.name()));
-    }
-    for disk in &snapshot.disks {
-        let active = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
-        if let (Some(data), Some(active)) = (&disk.data, active)
-            && active.path != *data
-        {
-            return Err(Fault::new(
-                Reason::KindsMixed,
-                format!(
-                    "internal snapshot '{}' lies in '{data}', but disk {} runs on '{}' now; stop \
-                     the VM to delete it",
-                    snapshot.name, disk.target, active.path
-                ),
-            )
-            .with("snapshot", &snapshot.name)
-            .with("image", data)
-            .with("state_needed", VmState::Stopped.name()));
-        }
-    }
-    Ok(())
-}
-
-/// A merge writes into the image that holds the snapshot's data.
-fn lower_writable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    if !tree::is_on_active_path(facts, &snapshot.name) {
-        return Ok(());
-    }
-    let written = snapshot
-        .disks
-        .iter()
-        .filter(|disk| disk.kind.is_some())
-        .filter_map(|disk| disk.data.as_deref());
-    for data in written {
-        if facts
-            .folders
-            .get(folder_of(data))
-            .is_some_and(|folder| !folder.writable)
-        {
-            return Err(Fault::new(
-                Reason::StorageNotWritable,
-                format!(
-                    "deleting snapshot '{}' would merge into '{data}', and its folder is mounted \
-                     read-only",
-                    snapshot.name
-                ),
-            )
-            .with("snapshot", &snapshot.name)
-            .with("path", data));
-        }
-    }
-    Ok(())
-}
-
-/// A merge makes the lower image grow by what the overlay holds, at most to its
-/// virtual size. The overlays of all disks are merged before the first is removed.
-fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    let mut needs: BTreeMap<&str, (u64, &str)> = BTreeMap::new();
-    for disk in &snapshot.disks {
-        let Some(vm) = facts.vm.disks.iter().find(|vm| vm.target == disk.target) else {
-            continue;
-        };
-        let Some(data) = disk.data.as_deref() else {
-            continue;
-        };
-        let Some(at) = vm.chain.iter().position(|image| image.path == data) else {
-            continue;
-        };
-        let Some(above) = at.checked_sub(1).map(|above| &vm.chain[above]) else {
-            continue;
-        };
-        let lower = &vm.chain[at];
-        let room = lower
-            .virtual_size
-            .max(above.virtual_size)
-            .saturating_sub(lower.actual_size);
-        let (need, image) = needs.entry(folder_of(data)).or_insert((0, data));
-        *need = need.saturating_add(above.actual_size.min(room));
-        *image = data;
-    }
-    for (path, (need, image)) in needs {
-        if let Some(folder) = facts.folders.get(path)
-            && folder.free < need
-        {
-            return Err(
-                crate::planning::files::no_space(facts, path, need, folder.free)
-                    .with("image", image),
-            );
-        }
-    }
-    Ok(())
 }
