@@ -29,6 +29,17 @@ fn write(domain: &Domain, number: u8) -> Result<()> {
     domain.write_pattern("vda", number, u64::from(number) * MIB, MIB)
 }
 
+/// A blank domain that is on and whose vCPUs never ran: that costs next to
+/// nothing, and merges are the same.
+fn still(lab: &Lab, spec: BlankSpec) -> Result<Blank> {
+    let domain = lab.blank(&BlankSpec {
+        stopped: true,
+        ..spec
+    })?;
+    domain.virsh("start", &["--paused"])?;
+    Ok(domain)
+}
+
 /// Requires that the present disk holds the bytes of these numbers and of no
 /// other below 16.
 fn holds(domain: &Domain, numbers: &[u8]) -> Result<()> {
@@ -379,7 +390,7 @@ impl CutOff<'_> {
             reason(&failure) == "SNAPSHOT_NOT_WHOLE" && failure["metadata"]["health"] == "torn"
         );
         if running {
-            self.domain.virsh("start", &[])?;
+            self.domain.virsh("start", &["--paused"])?;
         }
         let state = self.domain.state()?;
         self.agent
@@ -406,10 +417,11 @@ const LONG: u64 = 40 * MIB;
 /// A VM with the snapshots `e1` … on a disk whose merges last: before `e1` it was
 /// filled with 9, after each snapshot with that one's number.
 fn slow(lab: &Lab, count: u8) -> Result<Blank> {
-    let domain = lab.blank(&BlankSpec {
+    let spec = BlankSpec {
         cache: "directsync".into(),
         ..BlankSpec::default()
-    })?;
+    };
+    let domain = still(lab, spec)?;
     domain.write_pattern("vda", 9, 0, LONG)?;
     for number in 1..=count {
         virsh_external(&domain, &format!("e{number}"))?;
@@ -447,7 +459,7 @@ fn a_snapshot_whose_delete_by_virsh_was_cut_off_is_torn_until_the_delete_is_fini
         cut.is_told_and_finished(running)
             .with_context(|| snapshot.to_owned())?;
         if domain.state()? == "shut off" {
-            domain.virsh("start", &[])?;
+            domain.virsh("start", &["--paused"])?;
         }
     }
     assert_eq!(domain.snapshots()?, ["e2"]);
@@ -489,7 +501,7 @@ fn an_open_block_job_is_in_the_way_of_everything_and_what_was_said_to_end_it_wor
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     for end in ["--pivot", "--abort"] {
-        let domain = lab.blank(&BlankSpec::default())?;
+        let domain = still(&lab, BlankSpec::default())?;
         let name = domain.name.as_str();
         write(&domain, 1)?;
         agent.vmsnap(&["create", name, "e1"])?.result()?;
@@ -559,7 +571,7 @@ fn what_a_copy_job_writes_is_in_use_although_no_definition_names_it() -> Result<
 fn a_merge_behind_libvirts_back_spoils_only_what_does_not_read_through_it() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     chain_of(&agent, &domain, 4)?;
     let overlay = |number: u8| {
@@ -606,7 +618,7 @@ fn a_merge_behind_libvirts_back_spoils_only_what_does_not_read_through_it() -> R
 fn overlays_of_a_merge_behind_libvirts_back_go_only_when_orphans_are_to_be_deleted() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     chain_of(&agent, &domain, 2)?;
     domain.virsh("blockcommit", &["vda", "--active", "--pivot", "--wait"])?;
@@ -649,10 +661,11 @@ fn a_base_that_cannot_be_written_is_named_and_the_chain_stays_as_it_was() -> Res
     let folder = lab.folder.join(format!("base{}", std::process::id()));
     fs::create_dir(&folder)?;
     lab.own(&folder)?;
-    let domain = lab.blank(&BlankSpec {
+    let spec = BlankSpec {
         folder: Some(folder.clone()),
         ..BlankSpec::default()
-    })?;
+    };
+    let domain = still(&lab, spec)?;
     let name = domain.name.as_str();
     let base = domain.disk("vda")?;
     let overlay = lab.images().join(format!("{name}.e1"));
@@ -674,9 +687,9 @@ fn a_base_that_cannot_be_written_is_named_and_the_chain_stays_as_it_was() -> Res
         }
         Ok(_marked) => {
             for (state, limit) in [
-                ("running", None),
+                ("paused", None),
                 // The agent's own merge.
-                ("running", Some("8M")),
+                ("paused", Some("8M")),
                 ("shut off", None),
             ] {
                 if domain.state()? != state {
@@ -709,10 +722,12 @@ fn after_a_revert_each_refused_delete_gives_the_order_that_works() -> Result<()>
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     // Back to the one in the middle: the newest hangs beside the present state.
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     chain_of(&agent, &domain, 3)?;
-    agent.vmsnap(&["revert", name, "e2"])?.result()?;
+    agent
+        .vmsnap(&["revert", name, "e2", "--state-after", "paused"])?
+        .result()?;
     write(&domain, 9)?;
     for words in [
         vec!["cleanup", name, "e2"],
@@ -746,10 +761,12 @@ fn a_branch_beside_the_present_state_goes_from_its_end_and_with_its_children_in_
 -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     chain_of(&agent, &domain, 4)?;
-    agent.vmsnap(&["revert", name, "e1"])?.result()?;
+    agent
+        .vmsnap(&["revert", name, "e1", "--state-after", "paused"])?
+        .result()?;
     write(&domain, 9)?;
     agent.vmsnap(&["create", name, "f1"])?.result()?;
     write(&domain, 10)?;
@@ -784,13 +801,12 @@ fn a_vm_that_is_off_merges_without_side_branches_only_and_ends_off_and_a_paused_
 -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     chain_of(&agent, &domain, 3)?;
     agent
         .vmsnap(&["revert", name, "e2", "--state-after", "paused"])?
         .result()?;
-    domain.virsh("suspend", &[]).ok();
     assert_eq!(domain.state()?, "paused");
     // While it is on, the branch is no obstacle below the fork.
     agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
@@ -817,7 +833,7 @@ fn a_vm_that_is_off_merges_without_side_branches_only_and_ends_off_and_a_paused_
 fn internal_snapshots_go_from_any_place_of_their_tree_on_and_off() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     let make = |count: u8| -> Result<()> {
         for number in 1..=count {
@@ -841,7 +857,7 @@ fn internal_snapshots_go_from_any_place_of_their_tree_on_and_off() -> Result<()>
         Ok(names)
     };
     make(4)?;
-    for state in ["running", "shut off"] {
+    for state in ["paused", "shut off"] {
         // One in the middle, the newest, the oldest: by name, or as what a commit
         // drops.
         for (words, left) in [
@@ -859,7 +875,7 @@ fn internal_snapshots_go_from_any_place_of_their_tree_on_and_off() -> Result<()>
             assert_eq!(domain.state()?, state);
         }
         holds(&domain, &[1, 2, 3, 4])?;
-        if state == "running" {
+        if state == "paused" {
             domain.virsh("destroy", &[])?;
             make(4)?;
         }
@@ -878,10 +894,11 @@ fn a_commit_of_all_drops_nothing_protected_and_nothing_foreign_that_was_not_name
     let gold = gold.display().to_string();
     lab.qemu_img(["create", "-q", "-f", "qcow2", &gold, "64M"])?;
     let untouched = fs::read(&gold)?;
-    let domain = lab.blank(&BlankSpec {
+    let spec = BlankSpec {
         backing: Some(gold.clone()),
         ..BlankSpec::default()
-    })?;
+    };
+    let domain = still(&lab, spec)?;
     let name = domain.name.as_str();
     write(&domain, 1)?;
     agent
@@ -935,7 +952,7 @@ fn what_another_vm_stands_on_is_neither_merged_into_nor_resized_reverted_or_dele
 {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
-    let domain = lab.blank(&BlankSpec::default())?;
+    let domain = still(&lab, BlankSpec::default())?;
     let name = domain.name.as_str();
     let base = domain.disk("vda")?;
     agent.vmsnap(&["create", name, "e1"])?.result()?;
@@ -1045,4 +1062,342 @@ fn an_overlay_on_which_a_clone_stands_is_not_thrown_away_by_a_revert() -> Result
     assert_eq!(failure["metadata"]["path"], present.as_str());
     assert_eq!(names(&failure, "users"), [clone.name.as_str()]);
     holds(&clone, &[1])
+}
+
+/// A file that somebody else made: an image on another one.
+fn foreign_overlay(lab: &Lab, name: &str, backing: &str) -> Result<String> {
+    let path = lab.images().join(name).display().to_string();
+    lab.qemu_img([
+        "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, &path,
+    ])?;
+    Ok(path)
+}
+
+#[test]
+fn what_metadata_left_behind_is_found_by_looking_and_only_the_agents_own_goes() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = still(&lab, BlankSpec::default())?;
+    let name = domain.name.as_str();
+    let base = domain.disk("vda")?;
+    let judged = |words: &[&str]| -> Result<BTreeMap<String, bool>> {
+        let mut all = vec!["cleanup", name];
+        all.extend(words);
+        files_judged(&agent.vmsnap(&all)?)
+    };
+    // The present state stands on them: no orphans, although no snapshot knows them.
+    chain_of(&agent, &domain, 3)?;
+    for snapshot in ["e3", "e2"] {
+        domain.virsh("snapshot-delete", &[snapshot, "--metadata"])?;
+    }
+    assert_eq!(judged(&["--orphans", "delete"])?, [].into());
+    holds(&domain, &[1, 2, 3])?;
+    // libvirt cannot merge across what no snapshot knows; off, it is said.
+    domain.virsh("destroy", &[])?;
+    let failure = refused(&agent, &domain, &["cleanup", name, "e1"])?;
+    assert_eq!(reason(&failure), "DOMAIN_NOT_RUNNING");
+    assert_eq!(failure["metadata"]["state_needed"], "running");
+    agent
+        .vmsnap(&["commit", name, "--all", "--start-if-stopped"])?
+        .result()?;
+    assert_eq!(domain.chain("vda")?, [format!("{name}.qcow2")]);
+    assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+    holds(&domain, &[1, 2, 3])?;
+    // Gone back, so that nothing stands on what the forgotten ones held.
+    chain_of(&agent, &domain, 2)?;
+    virsh_external(&domain, "theirs")?;
+    agent
+        .vmsnap(&["revert", name, "e1", "--state-after", "stopped"])?
+        .result()?;
+    for snapshot in ["theirs", "e2"] {
+        domain.virsh("snapshot-delete", &[snapshot, "--metadata"])?;
+    }
+    // One that stands on an orphan, and one that has only the name of one.
+    let ours = [
+        format!("{name}.vda.e1.qcow2"),
+        format!("{name}.vda.e2.qcow2"),
+    ];
+    let theirs = format!("{name}.more");
+    let upper = lab.images().join(&ours[1]).display().to_string();
+    foreign_overlay(&lab, &theirs, &upper)?;
+    let stranger = format!("{name}.vda.e9.qcow2");
+    let path = lab.images().join(&stranger).display().to_string();
+    lab.qemu_img(["create", "-q", "-f", "qcow2", &path, "1M"])?;
+    let expected = |gone: bool| -> BTreeMap<String, bool> {
+        [
+            (ours[0].clone(), gone),
+            (ours[1].clone(), gone),
+            (theirs.clone(), false),
+        ]
+        .into()
+    };
+    assert_eq!(judged(&[])?, expected(false), "reported by default");
+    assert_eq!(judged(&["--orphans", "ignore"])?, [].into());
+    let before = seen(&domain)?;
+    assert_eq!(judged(&["--orphans", "report"])?, expected(false));
+    assert_eq!(seen(&domain)?, before);
+    {
+        // Somebody uses one of them, and with it what it stands on.
+        let _user = lab.blank(&BlankSpec {
+            backing: Some(upper.clone()),
+            stopped: true,
+            ..BlankSpec::default()
+        })?;
+        let left = judged(&["--orphans", "delete"])?;
+        assert_eq!(left, [(theirs.clone(), false)].into());
+    }
+    assert_eq!(judged(&["--orphans", "delete"])?, expected(true));
+    let files = domain.files()?;
+    for kept in [&theirs, &stranger] {
+        assert!(files.contains(kept), "{kept} was not made by this agent");
+    }
+    assert!(!files.contains(&ours[0]) && !files.contains(&ours[1]));
+    // Made by this agent once, and another file by now.
+    foreign_overlay(&lab, &ours[1], &base)?;
+    assert!(!judged(&["--orphans", "delete"])?[&ours[1]]);
+    Ok(())
+}
+
+#[test]
+fn the_overlay_of_a_transient_vm_stays_while_it_is_away_and_goes_once_it_stands_elsewhere()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let (domain, neighbour) = (
+        still(&lab, BlankSpec::default())?,
+        lab.blank(&BlankSpec {
+            stopped: true,
+            ..BlankSpec::default()
+        })?,
+    );
+    let name = domain.name.as_str();
+    let definition = lab.folder.join(format!("{name}.xml"));
+    lab.write(&definition, &domain.virsh("dumpxml", &["--inactive"])?)?;
+    domain.virsh("undefine", &[])?;
+    agent.vmsnap(&["create", name, "s"])?.result()?;
+    write(&domain, 1)?;
+    let overlay = domain.disk("vda")?;
+    let file = format!("{name}.vda.s.qcow2");
+    domain.virsh("destroy", &[])?;
+    let gone = agent.vmsnap(&["cleanup", name, "--orphans", "delete"])?;
+    assert_eq!(gone.failure()?["reason"], "VM_NOT_FOUND");
+    // The present state of a VM that is only away, in the folder of another.
+    let words = ["cleanup", &neighbour.name, "--orphans", "delete"];
+    assert_eq!(files_judged(&agent.vmsnap(&words)?)?, [].into());
+    assert!(Path::new(&overlay).exists());
+    // Back on its base, by a definition that knows nothing of the overlay.
+    lab.virsh(["define".as_ref(), definition.as_os_str()])?;
+    fs::remove_file(definition)?;
+    let reported = agent.vmsnap(&["cleanup", name])?;
+    assert_eq!(files_judged(&reported)?, [(file.clone(), false)].into());
+    let deleted = agent.vmsnap(&["cleanup", name, "--orphans", "delete"])?;
+    assert_eq!(files_judged(&deleted)?, [(file, true)].into());
+    assert!(!Path::new(&overlay).exists());
+    Ok(())
+}
+
+#[test]
+fn a_limit_is_kept_and_a_run_that_is_out_of_time_finishes_the_merge_it_is_in() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec {
+        disk_mib: 128,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    let (long, place) = (40 * MIB, |number: u8| u64::from(number) * 42 * MIB);
+    for number in 1..=2_u8 {
+        let snapshot = format!("e{number}");
+        agent.vmsnap(&["create", name, &snapshot])?.result()?;
+        domain.write_pattern("vda", number, place(number), long)?;
+    }
+    // 40 MiB at 4 MiB a second would take ten seconds.
+    let began = Instant::now();
+    let words = [
+        "commit",
+        name,
+        "--all",
+        "--bandwidth",
+        "2M",
+        "--timeout",
+        "2s",
+    ];
+    let stopped = agent.vmsnap(&words)?;
+    let took = began.elapsed();
+    assert!(
+        (Duration::from_secs(2)..Duration::from_secs(8)).contains(&took),
+        "{took:?}"
+    );
+    assert_eq!(stopped.failure()?["reason"], "TIMED_OUT");
+    assert_eq!(stopped.outcome()?["state"], "cancelled");
+    assert!(warns(&stopped, "LIMIT_LIFTED"));
+    let bytes = |event: &Value| event["done_bytes"].as_u64().unwrap_or(0);
+    let first: Vec<u64> = stopped.all("step_progress").map(bytes).collect();
+    assert!(
+        first.iter().any(|done| *done > 0 && *done < long / 2),
+        "{first:?}"
+    );
+    // The one that had begun is done, the other was never begun.
+    assert_eq!(domain.snapshots()?, ["e1"]);
+    assert_eq!(
+        domain.chain("vda")?,
+        [format!("{name}.vda.e1.qcow2"), format!("{name}.qcow2")]
+    );
+    assert_eq!(domain.state()?, "running");
+    healths(&agent, &domain, &[("e1", "whole")])?;
+    assert_eq!(domain.virsh("blockjob", &["vda", "--raw"])?.trim(), "");
+    let rest = agent.vmsnap(&["commit", name, "--all"])?;
+    assert_eq!(rest.result()?["merged"], serde_json::json!(["e1"]));
+    for number in 1..=2_u8 {
+        assert!(domain.has_pattern("vda", number, place(number), long)?);
+    }
+    assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+    domain.check("vda")
+}
+
+#[test]
+fn an_agent_killed_in_its_own_merge_gives_it_up_when_it_comes_back_and_finishes_it_when_asked()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let mut agent = lab.agent("")?;
+    let domain = still(&lab, BlankSpec::default())?;
+    let name = domain.name.as_str();
+    domain.write_pattern("vda", 9, 0, 16 * MIB)?;
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    domain.write_pattern("vda", 1, 0, 16 * MIB)?;
+    let mut caller = agent
+        .cli(&["commit", name, "e1", "--bandwidth", "2M"])?
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let job = || domain.virsh("blockjob", &["vda", "--raw"]);
+    eventually(Duration::from_secs(20), "merge", || {
+        job().is_ok_and(|job| job.contains("Commit"))
+    })?;
+    agent.kill();
+    caller.kill()?;
+    caller.wait()?;
+    assert!(job()?.contains("Commit"), "libvirt goes on with it");
+    agent.start()?;
+    assert_eq!(job()?.trim(), "", "nobody would ever have ended it");
+    assert_eq!(domain.state()?, "paused");
+    assert_eq!(domain.chain("vda")?.len(), 2);
+    healths(&agent, &domain, &[("e1", "torn")])?;
+    agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
+    assert!(domain.has_pattern("vda", 1, 0, 16 * MIB)?);
+    assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+    domain.check("vda")
+}
+
+/// A dump of a running VM that never ends, because nobody reads what it writes:
+/// libvirt is busy with the VM until this is dropped.
+struct Dumping<'a> {
+    domain: &'a Domain,
+    pipe: std::path::PathBuf,
+    processes: Vec<std::process::Child>,
+}
+
+impl<'a> Dumping<'a> {
+    fn begin(domain: &'a Domain) -> Result<Self> {
+        let lab = &domain.lab;
+        let pipe = lab.images().join(format!("{}.pipe", domain.name));
+        let shown = pipe.display().to_string();
+        command::succeed(lab.command("mkfifo").arg(&pipe))?;
+        let mut dumping = Self {
+            domain,
+            pipe,
+            processes: Vec::new(),
+        };
+        // Opens the pipe and reads nothing.
+        let reader = format!("exec sleep 120 < '{shown}'");
+        for mut command in [
+            {
+                let mut shell = lab.command("sh");
+                shell.args(["-c", &reader]);
+                shell
+            },
+            {
+                let mut virsh = lab.command("virsh");
+                virsh.args(["-q", "-c", "qemu:///session", "dump", &domain.name, &shown]);
+                virsh.arg("--live");
+                virsh
+            },
+        ] {
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            dumping.processes.push(command.spawn()?);
+        }
+        eventually(Duration::from_secs(10), "dump", || {
+            domain
+                .virsh("domjobinfo", &[])
+                .is_ok_and(|job| job.contains("Dump"))
+        })?;
+        Ok(dumping)
+    }
+}
+
+impl Drop for Dumping<'_> {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        let _ = self.domain.virsh("destroy", &[]);
+        let _ = fs::remove_file(&self.pipe);
+    }
+}
+
+#[test]
+fn a_vm_that_libvirt_is_busy_with_can_be_read_and_a_merge_names_the_holder() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    let _dumping = Dumping::begin(&domain)?;
+    let began = Instant::now();
+    healths(&agent, &domain, &[("e1", "whole")])?;
+    assert!(began.elapsed() < Duration::from_secs(5));
+    let busy = agent.vmsnap(&["cleanup", name, "e1"])?;
+    let failure = busy.failure()?;
+    assert_eq!(failure["reason"], "VM_BUSY");
+    let message = failure["message"].as_str().context("a message")?;
+    assert!(
+        message.contains("remoteDispatchDomainCoreDump"),
+        "{message}"
+    );
+    assert!(busy.said.contains("try again after"), "{}", busy.said);
+    assert_eq!(domain.snapshots()?, ["e1"]);
+    healths(&agent, &domain, &[("e1", "whole")])
+}
+
+#[test]
+fn a_paused_vm_whose_memory_somebody_else_captured_merges_and_stays_paused() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    write(&domain, 1)?;
+    let file = |ending: &str| {
+        let path = domain.folder().join(format!("{name}.{ending}"));
+        path.display().to_string()
+    };
+    for limit in [None, Some("8M")] {
+        domain.virsh("suspend", &[])?;
+        let memory = format!("{},snapshot=external", file("mem"));
+        let disk = format!("vda,snapshot=external,file={}", file("m"));
+        let words = ["m", "--memspec", &memory, "--diskspec", &disk];
+        domain.virsh("snapshot-create-as", &words)?;
+        let mut words = vec!["cleanup", name, "m"];
+        words.extend(limit.into_iter().flat_map(|limit| ["--bandwidth", limit]));
+        agent.vmsnap(&words)?.result()?;
+        assert_eq!(domain.state()?, "paused");
+        assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+        domain.virsh("resume", &[])?;
+        holds(&domain, &[1])?;
+    }
+    domain.check("vda")
 }

@@ -45,28 +45,18 @@ impl Performer {
         merge: Merge<'_>,
         cancel: &Cancel,
     ) -> Result<Done, Fault> {
-        let Merge {
-            name,
-            metadata_only,
-            disks,
-            files,
-            bandwidth,
-        } = merge;
-        let lower = if metadata_only {
+        let name = merge.name;
+        let lower = if merge.metadata_only {
             Vec::new()
         } else {
-            self.note_lower(name, disks).await?
+            self.note_lower(name, merge.disks).await?
         };
-        let merging = match bandwidth {
-            Some(bandwidth) => {
-                self.delete_limited(index, name, &lower, bandwidth, cancel)
-                    .await
-            }
-            None => {
-                self.delete_by_libvirt(index, name, metadata_only, disks)
-                    .await
-            }
-        };
+        let mut merging = self.merge(index, &merge, &lower, cancel).await;
+        if let Err(fault) = &merging
+            && self.wakes_disks(fault).await?
+        {
+            merging = self.merge(index, &merge, &lower, cancel).await;
+        }
         let mut merged = match merging {
             Ok(merged) => merged,
             Err(fault) => {
@@ -95,9 +85,41 @@ impl Performer {
             .forget_snapshot(&self.plan.vm_uuid, name)
             .await?;
         // libvirt removes overlays and memory; copies of UEFI variables are ours.
-        self.remove_unused(files).await?;
+        self.remove_unused(merge.files).await?;
         self.forget_gone().await?;
         Ok(Done::Deleted { merged_bytes })
+    }
+
+    async fn merge<'a>(
+        &self,
+        index: usize,
+        merge: &Merge<'a>,
+        lower: &[Lower<'a>],
+        cancel: &Cancel,
+    ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        match merge.bandwidth {
+            Some(limit) => {
+                self.delete_limited(index, merge.name, lower, limit, cancel)
+                    .await
+            }
+            None => {
+                self.delete_by_libvirt(index, merge.name, merge.metadata_only, merge.disks)
+                    .await
+            }
+        }
+    }
+
+    /// After a memory capture of a paused guest that somebody else made, QEMU's
+    /// block nodes are inactive, and no merge begins. Whether they were woken, so
+    /// that it is worth another try.
+    async fn wakes_disks(&self, fault: &Fault) -> Result<bool, Fault> {
+        if !fault.message.contains("Inactive '")
+            || self.hypervisor.domain(self.vm()).await?.state != DomainState::Paused
+        {
+            return Ok(false);
+        }
+        self.hypervisor.activate_disks(self.vm()).await?;
+        Ok(true)
     }
 
     /// Adds the file that could not be written: the image of a chain that libvirt's
