@@ -30,6 +30,8 @@ pub struct Config {
     pub storage: Storage,
     /// Limits.
     pub limits: Limits,
+    /// Guarded changes.
+    pub guards: Guards,
     /// Logs.
     pub log: Log,
 }
@@ -96,6 +98,21 @@ pub struct Limits {
     pub heartbeat: u64,
     /// Seconds that open runs may take to stop when the agent is told to.
     pub shutdown: u64,
+}
+
+/// `[guards]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guards {
+    /// Seconds after its deadline in which a guarded change is still taken back
+    /// when the agent starts; later somebody is asked.
+    pub grace: u64,
+}
+
+impl Default for Guards {
+    fn default() -> Self {
+        Self { grace: 600 }
+    }
 }
 
 /// `[log]`

@@ -131,6 +131,7 @@ async fn run(config: Config) -> Result<(), String> {
         "serving"
     );
 
+    tokio::spawn(workflows.clone().keep_guards());
     let (stop, stopped) = watch::channel(false);
     let mut serving = tokio::spawn(endpoints.serve(workflows.clone(), stopped));
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;

@@ -1,5 +1,5 @@
-//! What the documentation says of the configuration, of errors and of known
-//! issues is what the agent has.
+//! What the documentation says of the configuration, of errors, of known issues
+//! and of field cases is what there is.
 
 use std::path::Path;
 
@@ -133,4 +133,34 @@ fn every_link_between_pages_leads_somewhere() {
             assert!(path.exists(), "{}: '{link}' leads nowhere", page.display());
         }
     }
+}
+
+/// All Rust sources below a folder, without what was built.
+fn sources(folder: &Path, into: &mut String) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let named = |name: &str| path.file_name().is_some_and(|it| it == name);
+        if path.is_dir() && !named("target") && !named(".git") {
+            sources(&path, into);
+        } else if path.extension().is_some_and(|it| it == "rs") {
+            into.push_str(&std::fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+#[test]
+fn every_test_that_the_field_cases_name_is_there() {
+    let page = read("field-cases.md");
+    let mut code = String::new();
+    sources(&Path::new(DOCS).join(".."), &mut code);
+    let mut named = 0;
+    // Every other piece between backticks is code.
+    for test in page.split('`').skip(1).step_by(2) {
+        let Some((_, name)) = test.rsplit_once("::") else {
+            continue;
+        };
+        assert!(code.contains(&format!("fn {name}(")), "no test {test}");
+        named += 1;
+    }
+    assert!(named > 30, "only {named} tests are named");
 }

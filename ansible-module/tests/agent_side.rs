@@ -195,6 +195,13 @@ impl WorkflowService for Scripted {
         Err(Status::unimplemented("not in this script"))
     }
 
+    async fn list_guards(
+        &self,
+        _: Request<v1::ListGuardsRequest>,
+    ) -> Result<Response<v1::ListGuardsResponse>, Status> {
+        Err(Status::unimplemented("not in this script"))
+    }
+
     async fn get_workflow(
         &self,
         request: Request<v1::GetWorkflowRequest>,

@@ -315,9 +315,18 @@ async fn log(context: &Context, args: &LogArgs) -> Result<Status, Trouble> {
         ..Default::default()
     };
     let runs = client.workflows(filter, args.limit).await?;
+    let guards = client
+        .guards(args.what.as_deref().unwrap_or_default())
+        .await?;
     context.show(
-        || json!({"workflows": runs.to_json()}),
-        || render::runs::table(&runs, &context.clock),
+        || json!({"workflows": runs.to_json(), "guards": guards.to_json()}),
+        || {
+            format!(
+                "{}{}",
+                render::runs::guards(&guards, &context.clock),
+                render::runs::table(&runs, &context.clock)
+            )
+        },
     )
 }
 

@@ -180,6 +180,20 @@ impl Client {
             .await
     }
 
+    /// Guarded changes that are pending or held; those of all VMs without a name.
+    ///
+    /// # Errors
+    /// Everything that a call has.
+    pub async fn guards(&self, vm_name: &str) -> Result<Vec<v1::Guard>, Error> {
+        let request = self.request(v1::ListGuardsRequest {
+            vm_name: vm_name.to_owned(),
+        });
+        let answer = self
+            .answer(self.workflows_service().list_guards(request))
+            .await?;
+        Ok(answer.guards)
+    }
+
     /// Records what an operator did about a run that is stuck, and closes it.
     ///
     /// # Errors

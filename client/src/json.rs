@@ -177,6 +177,7 @@ words! {
     VmState "VM_STATE_",
     WaitFor "WAIT_FOR_",
     WorkflowState "WORKFLOW_STATE_",
+    GuardState "GUARD_STATE_",
 }
 
 /// The word of a `google.rpc.Code`, such as `not_found`.
@@ -343,6 +344,7 @@ messages! {
 
     // Answers that a caller may want whole.
     ConfirmWorkflowResponse { changed, warnings }
+    Guard { vm_name, snapshot_name, armed, deadline, state: GuardState, note, workflow_id }
     CancelWorkflowResponse { workflow, note }
     ResolveWorkflowResponse { workflow }
 }

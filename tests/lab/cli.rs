@@ -1,6 +1,7 @@
 //! The command line, as a person runs it, with `--json`.
 
 use std::{
+    io::{BufRead as _, BufReader, Read as _},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -62,7 +63,48 @@ impl Agent {
     }
 }
 
+impl Agent {
+    /// Runs `vmsnap ARGUMENTS` and shows each document as it comes, so that a
+    /// test can step in between.
+    ///
+    /// # Errors
+    /// When it cannot be run, or writes something else than JSON.
+    pub fn vmsnap_seen(&self, arguments: &[&str], mut seen: impl FnMut(&Value)) -> Result<Cli> {
+        let mut child = self
+            .cli(arguments)?
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let output = child.stdout.take().context("its output")?;
+        let mut events = Vec::new();
+        for line in BufReader::new(output).lines() {
+            let event: Value = serde_json::from_str(&line?)?;
+            seen(&event);
+            events.push(event);
+        }
+        let mut said = String::new();
+        if let Some(mut complaints) = child.stderr.take() {
+            complaints.read_to_string(&mut said)?;
+        }
+        let status = child.wait()?.code().unwrap_or(-1);
+        Ok(Cli {
+            status,
+            events,
+            said,
+        })
+    }
+}
+
 impl Cli {
+    /// Whether a warning was given, with the plan or during the run.
+    #[must_use]
+    pub fn warned(&self, code: &str) -> bool {
+        self.all("planned")
+            .flat_map(|event| event["plan"]["warnings"].as_array().into_iter().flatten())
+            .chain(self.all("warning"))
+            .any(|warning| warning["code"] == code)
+    }
+
     /// Requires success, and gives the run's result.
     ///
     /// # Errors

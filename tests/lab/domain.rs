@@ -233,6 +233,32 @@ impl Domain {
         Ok(text.trim().parse()?)
     }
 
+    /// The file in which a snapshot's data of a disk lies.
+    ///
+    /// # Errors
+    /// When virsh fails or the snapshot knows no such disk.
+    pub fn data(&self, snapshot: &str, target: &str) -> Result<PathBuf> {
+        let xml = self.virsh("snapshot-dumpxml", &[snapshot])?;
+        let document = roxmltree::Document::parse(&xml)?;
+        let child = |name| {
+            let root = document.root_element();
+            root.children().find(|node| node.has_tag_name(name))
+        };
+        let definition = child("inactiveDomain").or_else(|| child("domain"));
+        definition
+            .into_iter()
+            .flat_map(|domain| domain.descendants())
+            .filter(|node| node.has_tag_name("disk"))
+            .find(|disk| {
+                disk.children()
+                    .any(|it| it.has_tag_name("target") && it.attribute("dev") == Some(target))
+            })
+            .and_then(|disk| disk.children().find(|it| it.has_tag_name("source")))
+            .and_then(|source| source.attribute("file"))
+            .map(PathBuf::from)
+            .with_context(|| format!("snapshot {snapshot} of {} has no {target}", self.name))
+    }
+
     /// Checks the active image of a disk while nobody writes it.
     ///
     /// # Errors

@@ -1,10 +1,10 @@
 //! The five actions on real guests and real QEMU domains, with virsh, qemu-img
 //! and the guest itself as witnesses.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result};
-use vmsnap_tests::{BlankSpec, Domain, Lab, eventually};
+use vmsnap_tests::{BlankSpec, Closed, Domain, Lab, eventually};
 
 fn damage(guest: &Domain) -> Result<()> {
     guest.exec("echo damaged > /data/damage && sync").map(drop)
@@ -159,23 +159,6 @@ fn a_commit_merges_from_the_named_point_on_with_progress_and_keeps_the_present()
     guest.check("vda")
 }
 
-/// Makes the guest's folder read-only for libvirt, so that no overlay can be
-/// made, and gives it back when dropped.
-struct Closed(std::path::PathBuf);
-
-impl Closed {
-    fn new(guest: &Domain) -> Result<Self> {
-        fs::set_permissions(guest.folder(), fs::Permissions::from_mode(0o555))?;
-        Ok(Self(guest.folder()))
-    }
-}
-
-impl Drop for Closed {
-    fn drop(&mut self) {
-        let _ = fs::set_permissions(&self.0, fs::Permissions::from_mode(0o755));
-    }
-}
-
 #[test]
 fn a_snapshot_call_that_fails_after_freeze_or_suspend_leaves_the_guest_running_and_thawed()
 -> Result<()> {
@@ -183,7 +166,7 @@ fn a_snapshot_call_that_fails_after_freeze_or_suspend_leaves_the_guest_running_a
     let (guest, agent) = (lab.guest()?, lab.agent("")?);
     let name = guest.name.as_str();
     for (consistency, hold) in [("filesystem", "frozen"), ("suspend", "suspended")] {
-        let closed = Closed::new(&guest)?;
+        let closed = Closed::new(&guest.folder())?;
         let failed = agent.vmsnap(&["create", name, "never", "--consistency", consistency])?;
         drop(closed);
         failed.failure()?;

@@ -7,7 +7,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Domain, Lab, command};
+use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Domain, Lab, command, eventually};
 
 const NONE: [&str; 0] = [];
 
@@ -174,6 +174,43 @@ fn uefi_variables_are_kept_with_an_external_snapshot_and_come_back_with_it() -> 
 }
 
 #[test]
+fn what_was_copied_for_a_snapshot_that_fails_goes_again() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let vm = Uefi::new(&lab, "raw")?;
+    let name = vm.domain.name.as_str();
+    // The disk moves into a folder where no overlay can be made.
+    let folder = lab.folder.join(format!("shut{}", std::process::id()));
+    fs::create_dir(&folder)?;
+    lab.own(&folder)?;
+    let disk = folder.join("disk.qcow2").display().to_string();
+    lab.qemu_img(["create", "-q", "-f", "qcow2", &disk, "8M"])?;
+    let xml = vm.domain.virsh("dumpxml", &["--inactive"])?;
+    let xml = xml.replace(&vm.domain.disk("vda")?, &disk);
+    let file = lab.folder.join(format!("{name}.xml"));
+    lab.write(&file, &xml)?;
+    lab.virsh(["define".as_ref(), file.as_os_str()])?;
+    fs::remove_file(file)?;
+    vm.domain.virsh("start", &[])?;
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o555))?;
+    let failed = agent.vmsnap(&["create", name, "never"])?;
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o755))?;
+    failed.failure()?;
+    assert_eq!(failed.outcome()?["state"], "failed", "{}", failed.said);
+    let copied = failed
+        .all("step_finished")
+        .any(|event| event["note"].to_string().contains(".never.nvram"));
+    assert!(copied, "{:?}", failed.events);
+    assert_eq!(vm.copies()?, NONE);
+    assert_eq!(vm.domain.state()?, "running");
+    assert_eq!(vm.domain.snapshots()?, NONE);
+    agent.vmsnap(&["create", name, "now"])?.result()?;
+    drop(vm);
+    fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+#[test]
 fn an_internal_snapshot_covers_uefi_variables_too_or_is_refused_by_name() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
@@ -279,10 +316,8 @@ fn foreign_external_snapshots_of_any_name_are_listed_reverted_to_and_deleted() -
         let listed = agent.vmsnap(&["ls", name])?.document()?.clone();
         let listed = listed["snapshots"][0]["name"].clone();
         assert_eq!(listed, foreign);
-        let words = ["revert", "--state-after", "stopped", "--", name, foreign];
-        agent.vmsnap(&words)?.result()?;
+        agent.vmsnap(&["revert", "--", name, foreign])?.result()?;
         assert!(domain.has_pattern("vda", number, 0, 65536)?, "{foreign}");
-        domain.virsh("start", &[])?;
         agent.vmsnap(&["cleanup", "--", name, foreign])?.result()?;
         assert_eq!(domain.snapshots()?, NONE);
         assert!(domain.has_pattern("vda", number, 0, 65536)?, "{foreign}");
@@ -414,6 +449,51 @@ fn a_disk_whose_path_has_a_comma_is_refused_because_no_revert_would_bring_it_bac
     Ok(())
 }
 
+#[test]
+fn files_that_a_revert_would_name_alike_are_refused_because_it_would_leave_the_vm_off() -> Result<()>
+{
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    // As a cloud-init seed beside its disk: NAME.qcow2 and NAME.iso.
+    let iso = format!("{}/{{name}}.iso", lab.images().display());
+    let domain = lab.blank(&BlankSpec {
+        devices: format!(
+            "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>\
+             <source file='{iso}'/><target dev='sda' bus='sata'/><readonly/></disk>"
+        ),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    lab.write(&lab.images().join(format!("{name}.iso")), "seed")?;
+    domain.virsh("start", &[])?;
+    let (reason, message) = refused(&agent, &domain, &["s"])?;
+    assert_eq!(reason, "DISK_UNSUPPORTED");
+    for part in ["vda", "sda", ".qcow2", ".iso", "kind internal"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    let overlay = format!("vda,file={}/{name}.their.qcow2", lab.images().display());
+    domain.virsh(
+        "snapshot-create-as",
+        &["their", "--disk-only", "--diskspec", &overlay],
+    )?;
+    let kept = agent.vmsnap(&["revert", name, "their"])?;
+    assert_eq!(kept.failure()?["reason"], "SNAPSHOT_NOT_REVERTIBLE");
+    assert_eq!(domain.state()?, "running");
+    // The overlay in use by now has a name of its own.
+    agent.vmsnap(&["create", name, "s"])?.result()?;
+    agent.vmsnap(&["revert", name, "s"])?.result()?;
+    assert_eq!(domain.state()?, "running");
+    for snapshot in ["s", "their"] {
+        agent.vmsnap(&["cleanup", name, snapshot])?.result()?;
+    }
+    let words = ["create", name, "inside", "--kind", "internal"];
+    agent.vmsnap(&words)?.result()?;
+    agent.vmsnap(&["revert", name, "inside"])?.result()?;
+    assert_eq!(domain.state()?, "running");
+    Ok(())
+}
+
 // --- files --------------------------------------------------------------------
 
 #[test]
@@ -524,6 +604,83 @@ fn a_read_only_raw_disk_is_in_the_way_of_no_internal_snapshot() -> Result<()> {
 }
 
 #[test]
+fn a_floppy_that_the_guest_writes_is_covered_like_a_disk() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let floppy = format!("{}/{{name}}-fda.raw", lab.images().display());
+    let domain = lab.blank(&BlankSpec {
+        devices: format!(
+            "<disk type='file' device='floppy'><driver name='qemu' type='raw'/>\
+             <source file='{floppy}'/><target dev='fda' bus='fdc'/></disk>"
+        ),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    let floppy = floppy.replace("{name}", name);
+    lab.qemu_img(["create", "-q", "-f", "raw", &floppy, "1440K"])?;
+    let (reason, message) = refused(&agent, &domain, &["s", "--kind", "internal"])?;
+    assert_eq!(reason, "DISK_UNSUPPORTED");
+    assert!(message.contains("fda"), "{message}");
+    domain.write_pattern("fda", 1, 0, 4096)?;
+    domain.virsh("start", &[])?;
+    let made = agent.vmsnap(&["create", name, "s"])?;
+    made.result()?;
+    assert!(decided(&made, "drive fda")?.contains("fda.s.qcow2"));
+    domain.virsh("destroy", &[])?;
+    domain.write_pattern("fda", 2, 0, 4096)?;
+    agent.vmsnap(&["revert", name, "s"])?.result()?;
+    assert_eq!(domain.state()?, "running");
+    agent.vmsnap(&["cleanup", name, "s"])?.result()?;
+    domain.virsh("destroy", &[])?;
+    assert_eq!(domain.disk("fda")?, floppy);
+    assert!(domain.has_pattern("fda", 1, 0, 4096)?);
+    Ok(())
+}
+
+#[test]
+fn a_transient_disk_is_refused_by_name_and_can_be_left_out() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let path = format!("{}/{{name}}-vdb.qcow2", lab.images().display());
+    let domain = lab.blank(&BlankSpec {
+        devices: format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+             <source file='{path}'/><target dev='vdb' bus='virtio'/><transient/></disk>"
+        ),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    let path = path.replace("{name}", name);
+    lab.qemu_img(["create", "-q", "-f", "qcow2", &path, "8M"])?;
+    domain.virsh("start", &[])?;
+    let (reason, message) = refused(&agent, &domain, &["s"])?;
+    assert_eq!(reason, "DISK_UNSUPPORTED");
+    for part in ["vdb", "transient", "accept_no_revert"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    let out = ["s", "--exclude-disk", "vdb", "--accept-no-revert"];
+    for more in [["--memory"].as_slice(), &["--kind", "internal"]] {
+        let (reason, message) = refused(&agent, &domain, &[&out[..], more].concat())?;
+        let expected = match more {
+            ["--memory"] => "MEMORY_NOT_SAVABLE",
+            _ => "KIND_UNSUPPORTED",
+        };
+        assert_eq!(reason, expected);
+        assert!(message.contains("vdb"), "{message}");
+    }
+    let words = [&["create", name], &out[..]].concat();
+    agent.vmsnap(&words)?.result()?;
+    let kept = agent.vmsnap(&["revert", name, "s"])?;
+    assert_eq!(kept.failure()?["reason"], "SNAPSHOT_NOT_REVERTIBLE");
+    assert_eq!(domain.state()?, "running");
+    agent.vmsnap(&["cleanup", name, "s"])?.result()?;
+    assert_eq!(domain.chain("vda")?, [format!("{name}.qcow2")]);
+    Ok(())
+}
+
+#[test]
 fn a_device_that_keeps_memory_from_being_saved_is_named_and_disks_alone_are_fine() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
@@ -542,7 +699,7 @@ fn a_device_that_keeps_memory_from_being_saved_is_named_and_disks_alone_are_fine
     }
     let made = agent.vmsnap(&["create", &domain.name, "s"])?;
     assert_eq!(made.result()?["snapshot"]["memory"], false);
-    assert!(warns(&made, "MEMORY_NOT_SAVED"));
+    assert!(warns(&made, "MEMORY_NOT_SAVABLE"));
     agent.vmsnap(&["revert", &domain.name, "s"])?.result()?;
     assert_eq!(domain.state()?, "running");
     // The master's content is saved with the guest.
@@ -822,11 +979,13 @@ fn a_medium_on_which_a_revert_could_put_no_overlay_is_refused_before_and_again_l
         for part in [what, iso.as_str(), "read-only", "accept_no_revert"] {
             assert!(message.contains(part), "{part}: {message}");
         }
-        // Inside the image there is no such need.
-        let words = ["create", name, "inside", "--kind", "internal"];
-        agent.vmsnap(&words)?.result()?;
-        agent.vmsnap(&["revert", name, "inside"])?.result()?;
-        agent.vmsnap(&["cleanup", name, "inside"])?.result()?;
+        if what == "disk vdb" {
+            // Inside the image there is no such need.
+            let words = ["create", name, "inside", "--kind", "internal"];
+            agent.vmsnap(&words)?.result()?;
+            agent.vmsnap(&["revert", name, "inside"])?.result()?;
+            agent.vmsnap(&["cleanup", name, "inside"])?.result()?;
+        }
         let words = ["create", name, "s", "--accept-no-revert"];
         agent.vmsnap(&words)?.result()?;
         let kept = agent.vmsnap(&["revert", name, "s"])?;
@@ -911,6 +1070,29 @@ fn without_an_answering_guest_agent_filesystem_consistency_is_refused_with_the_r
     // Saved memory and frozen file systems exclude each other.
     let both = ["s", "--memory", "--consistency", "filesystem"];
     assert_eq!(refused(&agent, &paused, &both)?.0, "BAD_REQUEST");
+    Ok(())
+}
+
+#[test]
+fn a_guest_agent_that_hangs_or_is_gone_is_told_apart_and_demands_are_refused() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let (guest, agent) = (lab.guest()?, lab.agent("")?);
+    let name = guest.name.as_str();
+    for (signal, why) in [("STOP", "does not answer"), ("KILL", "not connected")] {
+        guest.ssh(&format!("kill -{signal} $(pidof qemu-ga)"))?;
+        eventually(Duration::from_secs(20), "silence", || {
+            signal == "STOP" || guest.frozen().is_err()
+        })?;
+        let demand = ["s", "--consistency", "filesystem"];
+        let (reason, message) = refused(&agent, &guest, &demand)?;
+        assert_eq!(reason, "CONSISTENCY_NOT_MET");
+        assert!(message.contains(why), "{message}");
+    }
+    let made = agent.vmsnap(&["create", name, "s"])?;
+    assert_eq!(made.result()?["consistency"], "suspend");
+    assert!(made.result()?["stopped_ms"].as_u64().is_some());
+    assert!(warns(&made, "AGENT_SILENT"));
+    assert_eq!(guest.state()?, "running");
     Ok(())
 }
 

@@ -68,27 +68,10 @@ fn image_holds(lab: &Lab, image: &str, numbers: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The file that holds a snapshot's data.
-fn data_of(domain: &Domain, snapshot: &str) -> Result<String> {
-    let xml = domain.virsh("snapshot-dumpxml", &[snapshot])?;
-    let document = roxmltree::Document::parse(&xml)?;
-    let root = document.root_element();
-    let definition = root
-        .children()
-        .find(|node| node.has_tag_name("inactiveDomain"))
-        .or_else(|| root.children().find(|node| node.has_tag_name("domain")));
-    let file = definition
-        .into_iter()
-        .flat_map(|definition| definition.descendants())
-        .find(|node| node.has_tag_name("disk"))
-        .and_then(|disk| disk.children().find(|node| node.has_tag_name("source")))
-        .and_then(|source| source.attribute("file"));
-    Ok(file.context("a file")?.to_owned())
-}
-
 /// Requires that what an external snapshot would bring back holds these numbers.
 fn keeps(domain: &Domain, snapshot: &str, numbers: &[u8]) -> Result<()> {
-    image_holds(&domain.lab, &data_of(domain, snapshot)?, numbers)
+    let data = domain.data(snapshot, "vda")?;
+    image_holds(&domain.lab, &data.display().to_string(), numbers)
         .with_context(|| format!("snapshot {snapshot}"))
 }
 
@@ -339,7 +322,7 @@ impl CutOff<'_> {
     /// Runs `delete` and kills QEMU as soon as the file that holds the snapshot's
     /// data is written.
     fn by(&self, mut delete: std::process::Command) -> Result<()> {
-        let lower = data_of(self.domain, self.snapshot)?;
+        let lower = self.domain.data(self.snapshot, "vda")?;
         let pid = self.domain.pid()?;
         let before = stamp(&lower)?;
         let mut caller = delete
@@ -350,7 +333,11 @@ impl CutOff<'_> {
         let limit = Instant::now() + Duration::from_secs(30);
         // No pause: the merge lasts some tens of milliseconds.
         while stamp(&lower)? == before {
-            ensure!(Instant::now() < limit, "nothing is merged into {lower}");
+            ensure!(
+                Instant::now() < limit,
+                "nothing is merged into {}",
+                lower.display()
+            );
         }
         thread::sleep(Duration::from_millis(5));
         command::signal(pid, Signal::KILL);
@@ -406,7 +393,7 @@ impl CutOff<'_> {
     }
 }
 
-fn stamp(path: &str) -> Result<SystemTime> {
+fn stamp(path: &Path) -> Result<SystemTime> {
     Ok(fs::metadata(path)?.modified()?)
 }
 
@@ -435,7 +422,7 @@ fn filled(domain: &Domain, snapshot: &str, byte: u8) -> Result<()> {
     let mut command = domain.lab.command("qemu-io");
     command.args(["-U", "-r", "-f", "qcow2", "-c"]);
     command.arg(format!("read -P {byte} 0 {LONG}"));
-    let said = command::succeed(command.arg(data_of(domain, snapshot)?))?;
+    let said = command::succeed(command.arg(domain.data(snapshot, "vda")?))?;
     ensure!(!said.contains("failed"), "{snapshot} is not all {byte}");
     Ok(())
 }

@@ -5,11 +5,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Domain, Lab};
+use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Domain, Lab, eventually};
 
 const MIB: u64 = 1 << 20;
 const NONE: [&str; 0] = [];
@@ -130,6 +131,10 @@ fn what_a_merge_would_write_is_counted_over_all_disks_before_it_begins() -> Resu
     assert_eq!(full.all("step_started").count(), 0);
     assert_eq!(entries(&small.folder)?, before);
     assert_eq!(domain.state()?, "running");
+    // libvirt would have switched the VM off before it found that out.
+    let full = agent.vmsnap(&["revert", name, "s"])?;
+    assert_eq!(full.failure()?["reason"], "NO_SPACE");
+    assert_eq!(domain.state()?, "running");
     fs::remove_file(filler)?;
     fs::remove_file(rest)?;
     agent.vmsnap(&["cleanup", name, "s"])?.result()?;
@@ -137,6 +142,49 @@ fn what_a_merge_would_write_is_counted_over_all_disks_before_it_begins() -> Resu
         assert!(domain.has_pattern(target, 7, 0, 6 * MIB)?);
         assert_eq!(domain.chain(target)?.len(), 1);
     }
+    Ok(())
+}
+
+#[test]
+fn space_that_runs_out_during_a_merge_is_told_with_need_and_free_and_the_merge_done_again()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let small = lab.small(40)?;
+    let domain = lab.blank(&BlankSpec {
+        folder: Some(small.folder.clone()),
+        disk_mib: 16,
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    agent.vmsnap(&["create", name, "s"])?.result()?;
+    domain.write_pattern("vda", 7, 0, 12 * MIB)?;
+    let chain = domain.chain("vda")?;
+    let mut merging = agent.cli(&["cleanup", name, "s", "--start-if-stopped"])?;
+    let merging = merging.stdout(std::process::Stdio::piped()).spawn()?;
+    // There was room enough when it was planned.
+    eventually(Duration::from_secs(20), "start of the VM", || {
+        agent.log().contains("step=\"start the VM")
+    })?;
+    let filler = small.folder.join("filler");
+    let _ = fs::write(&filler, vec![1; 40 << 20]);
+    let said = String::from_utf8(merging.wait_with_output()?.stdout)?;
+    let last: Value = serde_json::from_str(said.lines().last().context("an outcome")?)?;
+    let failure = &last["failure"];
+    assert_eq!(failure["reason"], "NO_SPACE", "{last}");
+    let (need, free) = (
+        number(failure, "need_bytes")?,
+        number(failure, "free_bytes")?,
+    );
+    assert!(need >= 12 * MIB && free < MIB, "{need} of {free}");
+    assert_eq!(domain.state()?, "running");
+    assert_eq!(domain.chain("vda")?, chain);
+    assert!(domain.has_pattern("vda", 7, 0, 12 * MIB)?);
+    fs::remove_file(filler)?;
+    agent.vmsnap(&["cleanup", name, "s"])?.result()?;
+    assert_eq!(domain.chain("vda")?.len(), 1);
+    assert!(domain.has_pattern("vda", 7, 0, 12 * MIB)?);
     Ok(())
 }
 
@@ -216,51 +264,39 @@ fn a_disk_is_resized_by_its_present_size_in_bytes_whatever_the_state_of_its_vm()
         disk_mib: 8,
         ..BlankSpec::default()
     })?;
-    let odd = 8 * MIB + 512;
-    for (state, target, first, then) in [
-        ("running", "vda", odd, 9 * MIB),
-        ("paused", "vdb", odd, 9 * MIB),
-        ("shut off", "vdb", 9 * MIB + 512, 10 * MIB),
-        ("shut off", "vda", 9 * MIB + 512, 10 * MIB),
+    let (small, odd, large) = (8 * MIB, 8 * MIB + 512, 9 * MIB);
+    for (state, target, before, bytes) in [
+        ("running", "vda", small, odd),
+        ("paused", "vdb", small, odd),
+        ("shut off", "vdb", odd, large),
+        ("shut off", "vda", odd, large),
     ] {
         match state {
             "paused" => domain.virsh("suspend", &[])?,
             "shut off" => domain.virsh("destroy", &[]).unwrap_or_default(),
             _ => String::new(),
         };
-        let disk = ["--resize-disk", target];
-        for bytes in [first, then] {
-            let done = resize(&agent, &domain, &bytes.to_string(), &disk)?;
-            assert_eq!(
-                done.result()?["resized_to_bytes"],
-                bytes,
-                "{state}, {target}"
-            );
-            assert_eq!(size(&domain, target)?, bytes, "{state}, {target}");
-        }
-        let same = resize(&agent, &domain, &then.to_string(), &disk)?;
-        assert_eq!(same.result()?["changed"], false);
-        let smaller = first.to_string();
-        let kept = resize(
-            &agent,
-            &domain,
-            &smaller,
-            &[&disk[..], &["--allow-shrink"]].concat(),
+        let to = |bytes: u64, more: &[&str]| {
+            let more = [&["--resize-disk", target], more].concat();
+            resize(&agent, &domain, &bytes.to_string(), &more)
+        };
+        assert_eq!(
+            to(bytes, &[])?.result()?["resized_to_bytes"],
+            bytes,
+            "{state}, {target}"
         );
-        if state == "shut off" {
-            let words = [&disk[..], &["--allow-shrink"]].concat();
-            kept?.result()?;
-            assert_eq!(size(&domain, target)?, first);
-            let refused = resize(&agent, &domain, "4M", &disk)?;
-            assert_eq!(refused.failure()?["reason"], "SHRINK_REFUSED");
-            resize(&agent, &domain, &then.to_string(), &words)?.result()?;
-        } else {
-            let kept = kept?;
-            let failure = kept.failure()?;
-            assert_eq!(failure["reason"], "SHRINK_REFUSED", "{state}");
-            assert_eq!(number(failure, "present_bytes")?, then);
+        assert_eq!(size(&domain, target)?, bytes, "{state}, {target}");
+        assert_eq!(to(bytes, &[])?.result()?["changed"], false);
+        let off = state == "shut off";
+        let kept = to(before, if off { &[] } else { &["--allow-shrink"] })?;
+        let failure = kept.failure()?;
+        assert_eq!(failure["reason"], "SHRINK_REFUSED", "{state}");
+        assert_eq!(number(failure, "present_bytes")?, bytes);
+        assert_eq!(size(&domain, target)?, bytes, "{state}, {target}");
+        if off {
+            to(before, &["--allow-shrink"])?.result()?;
+            assert_eq!(size(&domain, target)?, before);
         }
-        assert_eq!(size(&domain, target)?, then);
         ensure!(
             domain.state()? == state,
             "{state} became {}",
@@ -273,7 +309,7 @@ fn a_disk_is_resized_by_its_present_size_in_bytes_whatever_the_state_of_its_vm()
     let half = resize(&agent, &domain, &(20 * MIB + 100).to_string(), &[])?;
     let failure = half.failure()?;
     assert_eq!(failure["reason"], "BAD_REQUEST");
-    assert_eq!(size(&domain, "vda")?, 10 * MIB);
+    assert_eq!(size(&domain, "vda")?, odd);
     drop(domain);
     fs::remove_dir_all(folder)?;
     Ok(())
@@ -323,14 +359,15 @@ fn a_disk_with_snapshots_is_resized_if_its_format_can_and_a_revert_tells_the_old
         let result = back.result()?;
         assert_eq!(size(&domain, "vda")?, 8 * MIB, "{kind}");
         assert_eq!(result["vm"]["disks"][0]["virtual_bytes"], 8 * MIB);
+        let text = |bytes: u64| Value::from(bytes.to_string());
         let told = result["diff"]
             .as_array()
             .context("a diff")?
             .iter()
             .any(|change| {
                 change["field"] == "disk.vda.virtual_size"
-                    && change["before"] == (16 * MIB).to_string()
-                    && change["after"] == (8 * MIB).to_string()
+                    && change["before"] == text(16 * MIB)
+                    && change["after"] == text(8 * MIB)
             });
         assert!(told, "{kind}: {}", result["diff"]);
     }

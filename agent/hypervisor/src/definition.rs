@@ -58,6 +58,8 @@ pub struct DiskDefinition {
     pub readonly: bool,
     /// Several domains may write it.
     pub shareable: bool,
+    /// What is written to it is thrown away when the domain stops.
+    pub transient: bool,
     /// The `snapshot` attribute.
     pub snapshot: Option<String>,
     /// The chain below the active image, as far as the XML tells.
@@ -117,8 +119,10 @@ pub struct DomainDefinition {
     pub kind: Option<String>,
     /// Memory at most, in KiB.
     pub memory_kib: Option<u64>,
-    /// vCPUs.
+    /// vCPUs at most.
     pub vcpus: Option<u32>,
+    /// vCPUs that are plugged in when it starts; all when absent.
+    pub vcpus_at_start: Option<u32>,
     /// Machine type.
     pub machine: Option<String>,
     /// Architecture.
@@ -127,6 +131,8 @@ pub struct DomainDefinition {
     pub firmware: Option<String>,
     /// Loader type: `pflash` or `rom`.
     pub loader: Option<String>,
+    /// File of the loader.
+    pub loader_path: Option<String>,
     /// UEFI variables.
     pub nvram: Option<Nvram>,
     /// Kernel that is booted directly.
@@ -148,10 +154,10 @@ pub struct DomainDefinition {
 }
 
 impl DiskDefinition {
-    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    /// Whether the guest only reads it: a CD, or what is marked read-only.
     #[must_use]
     pub fn only_read(&self) -> bool {
-        self.readonly || !matches!(&*self.device, "disk" | "lun")
+        self.readonly || self.device == "cdrom"
     }
 }
 
@@ -185,7 +191,8 @@ impl DomainDefinition {
     }
 
     /// Devices that keep memory from being saved, for people: QEMU refuses to
-    /// save with shared memory in peer mode, virtiofs and passed-through devices.
+    /// save with shared memory in peer mode, virtiofs and passed-through devices,
+    /// libvirt with transient disks.
     /// Shared memory whose role is `master` is saved with the guest, and libvirt
     /// lets passed-through USB devices be: they are plugged in anew.
     #[must_use]
@@ -196,6 +203,9 @@ impl DomainDefinition {
         }
         for (driver, target) in &self.filesystems {
             devices.push(format!("shared folder '{target}' ({driver})"));
+        }
+        for disk in self.disks.iter().filter(|disk| disk.transient) {
+            devices.push(format!("transient disk {}", disk.target));
         }
         for kind in self.hostdevs.iter().filter(|kind| *kind != "usb") {
             devices.push(format!("passed-through {kind} device"));
@@ -275,12 +285,18 @@ pub(crate) fn domain(root: Node<'_, '_>) -> Result<DomainDefinition, Fault> {
         kind: root.attribute("type").map(own),
         memory_kib: child(root, "memory").and_then(kib),
         vcpus: child_text(root, "vcpu").and_then(|text| text.parse().ok()),
+        vcpus_at_start: child(root, "vcpu")
+            .and_then(|vcpu| vcpu.attribute("current")?.parse().ok()),
         machine: os_type.and_then(|it| it.attribute("machine")).map(own),
         arch: os_type.and_then(|it| it.attribute("arch")).map(own),
         firmware: os.and_then(|os| os.attribute("firmware")).map(own),
         loader: os
             .and_then(|os| child(os, "loader"))
             .and_then(|loader| loader.attribute("type"))
+            .map(own),
+        loader_path: os
+            .and_then(|os| child_text(os, "loader"))
+            .filter(|path| !path.is_empty())
             .map(own),
         nvram: os.and_then(|os| child(os, "nvram")).map(|nvram| Nvram {
             path: child(nvram, "source")
@@ -394,6 +410,7 @@ fn disk(disk: Node<'_, '_>) -> Option<DiskDefinition> {
             .map(str::to_owned),
         readonly: child(disk, "readonly").is_some(),
         shareable: child(disk, "shareable").is_some(),
+        transient: child(disk, "transient").is_some(),
         snapshot: disk.attribute("snapshot").map(str::to_owned),
         backing,
         mirror: child(disk, "mirror").and_then(|mirror| {
@@ -412,7 +429,7 @@ mod tests {
     use super::*;
 
     const XML: &str = "<domain type='kvm'><name>a &amp; b</name><memory unit='MiB'>128</memory>
-      <vcpu>2</vcpu><os firmware='efi'><type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
+      <vcpu current='1'>2</vcpu><os firmware='efi'><type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
       <loader type='pflash' readonly='yes'>/x</loader><nvram format='qcow2'>/n.fd</nvram></os>
       <devices>
        <disk type='file' device='disk'><driver type='qcow2'/><source file='/b.qcow2'/>
@@ -420,6 +437,8 @@ mod tests {
          <target dev='vda' bus='virtio'/></disk>
        <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
        <disk type='volume' device='disk'><source pool='p' volume='v'/><target dev='vdb'/></disk>
+       <disk type='file' device='disk'><source file='/t'/><target dev='vdc'/><transient/></disk>
+       <disk type='file' device='floppy'><source file='/f'/><target dev='fda'/></disk>
        <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
        <shmem name='m'><model type='ivshmem-plain'/></shmem>
        <shmem name='n' role='master'><model type='ivshmem-plain'/></shmem>
@@ -434,6 +453,8 @@ mod tests {
         let domain = DomainDefinition::parse(XML).unwrap();
         assert_eq!(domain.name, "a & b");
         assert_eq!((domain.memory_kib, domain.vcpus), (Some(131_072), Some(2)));
+        assert_eq!(domain.vcpus_at_start, Some(1));
+        assert_eq!(domain.loader_path.as_deref(), Some("/x"));
         assert!(domain.is_uefi());
         assert_eq!(
             domain.nvram.as_ref().unwrap().format.as_deref(),
@@ -442,12 +463,15 @@ mod tests {
         assert_eq!(domain.disks[0].backing[0].path, "/a.qcow2");
         assert_eq!(domain.disks[1].source, DiskSource::None);
         assert_eq!(domain.disks[2].path.as_deref(), Some("p/v"));
+        let read: Vec<bool> = domain.disks.iter().map(DiskDefinition::only_read).collect();
+        assert_eq!(read, [false, true, false, false, false]);
         assert!(domain.guest_agent().unwrap().connected);
         assert_eq!(
             domain.not_migratable(),
             [
                 "shared memory device 'm' (ivshmem-plain)",
                 "shared folder 'shared' (virtiofs)",
+                "transient disk vdc",
                 "passed-through pci device",
                 "passed-through network device",
             ]

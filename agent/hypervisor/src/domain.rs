@@ -75,6 +75,14 @@ impl StateReason {
         self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_USER as c_int
     }
 
+    /// Paused while its memory is loaded or carried away. A revert to memory that
+    /// libvirt gave up stays like this, on the very images that the snapshot
+    /// needs.
+    #[must_use]
+    pub fn is_migrating(self) -> bool {
+        self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_MIGRATION as c_int
+    }
+
     /// Paused because its storage failed.
     #[must_use]
     pub fn is_io_error(self) -> bool {
@@ -148,6 +156,8 @@ pub struct DomainSummary {
     pub state: DomainState,
     /// Why.
     pub reason: StateReason,
+    /// Number that libvirt gave to this run of it; `None` while it is off.
+    pub id: Option<u32>,
     /// Defined, rather than gone when it stops.
     pub persistent: bool,
     /// Starts with the host.
@@ -229,6 +239,7 @@ fn summary(domain: &Domain) -> Result<DomainSummary, Fault> {
         uuid: domain.uuid_string()?,
         state,
         reason,
+        id: domain.id(),
         persistent,
         // A transient domain has neither.
         autostart: persistent && domain.autostart().unwrap_or(false),
@@ -305,6 +316,53 @@ impl Hypervisor {
                 Ok(all)
             },
         )
+        .await
+    }
+
+    /// Names and UUIDs of the domains that have snapshots, in no order: one call.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn domains_with_snapshots(&self) -> Result<Vec<(String, String)>, Error> {
+        self.names(sys::VIR_CONNECT_LIST_DOMAINS_HAS_SNAPSHOT).await
+    }
+
+    /// Names and UUIDs of all domains, in no order: one call.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn domain_names(&self) -> Result<Vec<(String, String)>, Error> {
+        self.names(0).await
+    }
+
+    async fn names(&self, flags: u32) -> Result<Vec<(String, String)>, Error> {
+        self.read("list the domains of", "the host", None, move |connection| {
+            connection
+                .list_all_domains(flags)?
+                .into_iter()
+                .map(|domain| Ok((domain.name()?, domain.uuid_string()?)))
+                .collect()
+        })
+        .await
+    }
+
+    /// A domain as it runs, and as it would start next when it is defined: that
+    /// is not there a second time when it is the same.
+    ///
+    /// # Errors
+    /// When libvirt does not answer, or its XML cannot be understood.
+    pub async fn definitions(&self, name: &str) -> Result<Vec<crate::DomainDefinition>, Error> {
+        self.read_domain("read the definition of", name, |domain| {
+            let live = domain.xml_desc(0)?;
+            let mut all = vec![crate::definition::parse(&live)?];
+            if domain.is_persistent()? {
+                let next = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
+                if next != live {
+                    all.push(crate::definition::parse(&next)?);
+                }
+            }
+            Ok(all)
+        })
         .await
     }
 

@@ -1,20 +1,48 @@
-//! Image files, through `qemu-img`.
+//! Image files: their headers read here where that is certain, and everything
+//! else through `qemu-img`.
 //!
-//! Invariants: reads never take the image's lock (`-U`), so they work on images
-//! that a guest has open; nothing goes through a shell; each call has a
-//! deadline; paths never look like options.
+//! Invariants
+//! - A reading is of this moment: headers are read anew each time. Only that a
+//!   file was found to be raw is remembered, for as long as it is untouched.
+//! - Reads never take the image's lock (`-U`), so they work on images that a
+//!   guest has open.
+//! - An image is read in the format in which QEMU opens it: the one that is
+//!   given, or that the image on top of it names. What a guest writes into a raw
+//!   disk is then never taken for a header.
+//! - Nothing goes through a shell; each call has a deadline; paths never look
+//!   like options.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    path::Path,
+    process::Stdio,
+    sync::{Arc, LazyLock, Mutex},
+    time::Duration,
+};
 
 use serde::Deserialize;
-use tokio::process::Command;
+use tokio::{process::Command, sync::Semaphore};
 
-use crate::error::{Error, ErrorKind, Fault, What};
+use crate::{
+    connection::lock,
+    counters,
+    error::{Error, ErrorKind, Fault, What},
+    qcow2::{self, Found},
+    stamp::Stamp,
+};
 
 /// How long a reading call may take.
 pub(crate) const READ: Duration = Duration::from_secs(20);
 /// How long a changing call may take: growing is quick, shrinking is not.
 const CHANGE: Duration = Duration::from_secs(600);
+/// Readings at a time; one on a file system that hangs keeps its place, and
+/// takes no more than these from everybody else's blocking work.
+const READERS: usize = 64;
+/// Files that are remembered to be raw.
+const REMEMBERED: usize = 4096;
 
 /// An internal snapshot of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,12 +161,8 @@ pub(crate) async fn run(
     arguments: &[&str],
 ) -> Result<Vec<u8>, Error> {
     let failed = |fault| Error::new(operation, format!("image {}", path.display()), fault);
-    if !path.is_absolute() {
-        return Err(failed(Fault::new(
-            ErrorKind::InvalidArgument,
-            "its path is not absolute",
-        )));
-    }
+    absolute(operation, path)?;
+    counters::add(&counters::QEMU_IMG);
     let mut command = Command::new("qemu-img");
     command
         .args(arguments)
@@ -182,41 +206,290 @@ pub(crate) fn understand<T: serde::de::DeserializeOwned>(
     })
 }
 
-/// One image.
+fn absolute(operation: &'static str, path: &Path) -> Result<(), Error> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(Error::new(
+        operation,
+        format!("image {}", path.display()),
+        Fault::new(ErrorKind::InvalidArgument, "its path is not absolute"),
+    ))
+}
+
+impl qcow2::Bytes for File {
+    fn length(&self) -> u64 {
+        self.metadata().map_or(0, |metadata| metadata.len())
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(buffer, offset)
+    }
+}
+
+/// What a look at a file without QEMU yields.
+enum Look {
+    /// An image, and which file it is.
+    Image(ImageInfo, FileId),
+    /// There is no such file.
+    Missing,
+    /// Only QEMU can tell.
+    Unsure,
+}
+
+/// Device and inode.
+type FileId = (u64, u64);
+
+/// Files without a format of their own, for as long as they are untouched.
+static RAW: LazyLock<Mutex<HashMap<String, Stamp>>> = LazyLock::new(Mutex::default);
+
+fn look(path: &str, format: Option<&str>) -> Look {
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Look::Missing,
+        // Opening a device may do something to it.
+        Ok(metadata) if metadata.is_file() => {}
+        _ => return Look::Unsure,
+    }
+    look_into(path, format).unwrap_or(Look::Unsure)
+}
+
+fn look_into(path: &str, format: Option<&str>) -> io::Result<Look> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Ok(Look::Unsure);
+    }
+    let raw = match format {
+        Some("raw") => true,
+        Some("qcow2") => false,
+        Some(_) => return Ok(Look::Unsure),
+        None => Stamp::of(&metadata)
+            .is_some_and(|stamp| lock(&RAW).get(path).is_some_and(|it| *it == stamp)),
+    };
+    counters::add(&counters::HEADERS);
+    let mut image = ImageInfo {
+        path: path.to_owned(),
+        format: "raw".to_owned(),
+        // QEMU counts in sectors.
+        virtual_size: metadata.len().next_multiple_of(512),
+        actual_size: metadata.blocks().saturating_mul(512),
+        backing_path: None,
+        backing_format: None,
+        snapshots: Vec::new(),
+        compat: None,
+    };
+    if !raw {
+        let Found::Image(header) = qcow2::read(&file)? else {
+            return Ok(Look::Unsure);
+        };
+        image.format = "qcow2".to_owned();
+        image.virtual_size = header.virtual_size;
+        image.compat = Some(if header.version == 2 { "0.10" } else { "1.1" }.to_owned());
+        image.snapshots = header.snapshots;
+        if let Some(name) = header.backing {
+            let Some(backing) = backing_path(path, &name) else {
+                return Ok(Look::Unsure);
+            };
+            image.backing_path = Some(backing);
+            image.backing_format = header.backing_format;
+        }
+    }
+    Ok(Look::Image(image, (metadata.dev(), metadata.ino())))
+}
+
+/// Where QEMU looks for a backing file: a relative name counts from the folder
+/// of the image that names it, as that image's own path is written. `None` when
+/// the name is not simply that of a file (`json:`, `nbd:`, and so on).
+fn backing_path(image: &str, name: &str) -> Option<String> {
+    if name.starts_with('/') {
+        return Some(name.to_owned());
+    }
+    let has_protocol = name
+        .find([':', '/'])
+        .is_some_and(|at| name[at..].starts_with(':'));
+    if has_protocol {
+        return None;
+    }
+    let folder = &image[..=image.rfind('/')?];
+    Some(format!("{folder}{name}"))
+}
+
+/// Runs a look at files where it may block.
+async fn blocking<T: Send + 'static>(
+    operation: &'static str,
+    path: &Path,
+    work: impl FnOnce(&str) -> T + Send + 'static,
+) -> Result<Option<T>, Error> {
+    static PLACES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(READERS)));
+    absolute(operation, path)?;
+    let Some(path_text) = path.to_str().map(str::to_owned) else {
+        return Ok(None);
+    };
+    let looked = async {
+        let place = PLACES.clone().acquire_owned().await.ok()?;
+        tokio::task::spawn_blocking(move || {
+            let done = work(&path_text);
+            drop(place);
+            done
+        })
+        .await
+        .ok()
+    };
+    tokio::time::timeout(READ, looked).await.map_err(|_| {
+        Error::new(
+            operation,
+            format!("image {}", path.display()),
+            Fault::new(ErrorKind::Overdue { after: READ }, ""),
+        )
+    })
+}
+
+fn missing(operation: &'static str, path: &Path, file: &str) -> Error {
+    Error::new(
+        operation,
+        format!("image {}", path.display()),
+        Fault::new(
+            ErrorKind::MissingFile,
+            format!("Could not open '{file}': No such file or directory"),
+        ),
+    )
+}
+
+/// One image, in the format in which QEMU opens it; found out when that is not
+/// known.
 ///
 /// # Errors
 /// When it is not there or not readable.
-pub async fn info(path: &Path) -> Result<ImageInfo, Error> {
-    let json = run(
-        "read",
-        path,
-        READ,
-        &["info", "-U", "--output=json", &text(path)],
-    )
-    .await?;
-    understand::<RawInfo>(path, &json).map(ImageInfo::from)
+pub async fn info(path: &Path, format: Option<&str>) -> Result<ImageInfo, Error> {
+    let wanted = format.map(str::to_owned);
+    let looked = blocking("read", path, move |path| look(path, wanted.as_deref())).await?;
+    match looked {
+        Some(Look::Image(image, _)) => return Ok(image),
+        Some(Look::Missing) => return Err(missing("read", path, &text(path))),
+        Some(Look::Unsure) | None => {}
+    }
+    let before = remembering(path, format).await;
+    let path_text = text(path);
+    let mut arguments = vec!["info", "-U", "--output=json"];
+    if let Some(format) = format {
+        arguments.extend(["-f", format]);
+    }
+    arguments.push(&path_text);
+    let json = run("read", path, READ, &arguments).await?;
+    let image = ImageInfo::from(understand::<RawInfo>(path, &json)?);
+    remember(&image, before);
+    Ok(image)
 }
 
-/// An image and all that it stands on, the uppermost first.
+/// The stamp of a file whose format has to be found out.
+async fn remembering(path: &Path, format: Option<&str>) -> Option<Stamp> {
+    if format.is_some() {
+        return None;
+    }
+    let of = |path: &str| Stamp::of(&std::fs::metadata(path).ok()?);
+    blocking("read", path, of).await.ok().flatten().flatten()
+}
+
+/// Remembers a raw file by the stamp that it had before it was looked into.
+fn remember(image: &ImageInfo, before: Option<Stamp>) {
+    if let Some(stamp) = before
+        && image.format == "raw"
+    {
+        let mut all = lock(&RAW);
+        if all.len() >= REMEMBERED {
+            all.clear();
+        }
+        all.insert(image.path.clone(), stamp);
+    }
+}
+
+/// How far a chain was walked.
+enum Walk {
+    /// To its end.
+    Whole,
+    /// This file is not there.
+    Missing(String),
+    /// From this file on, in this format, only QEMU can tell.
+    Unsure(String, Option<String>),
+    /// It comes back to itself.
+    Circular,
+}
+
+fn walk(top: &str, format: Option<String>) -> (Vec<ImageInfo>, Walk) {
+    let (mut chain, mut seen) = (Vec::new(), HashSet::new());
+    let mut next = (top.to_owned(), format);
+    loop {
+        let (path, format) = next;
+        match look(&path, format.as_deref()) {
+            Look::Missing => return (chain, Walk::Missing(path)),
+            Look::Unsure => return (chain, Walk::Unsure(path, format)),
+            Look::Image(_, file) if !seen.insert(file) => return (chain, Walk::Circular),
+            Look::Image(image, _) => {
+                let below = image.backing_path.clone();
+                next = (String::new(), image.backing_format.clone());
+                chain.push(image);
+                match below {
+                    Some(path) => next.0 = path,
+                    None => return (chain, Walk::Whole),
+                }
+            }
+        }
+    }
+}
+
+/// An image and all that it stands on, the uppermost first. The uppermost is
+/// read in the given format, each other in the one that the image above names;
+/// where none is named, it is found out.
 ///
 /// # Errors
 /// When one of them is not there or not readable.
-pub async fn chain(path: &Path) -> Result<Vec<ImageInfo>, Error> {
-    let json = run(
-        "read the chain of",
-        path,
-        READ,
-        &[
-            "info",
-            "-U",
-            "--backing-chain",
-            "--output=json",
-            &text(path),
-        ],
-    )
-    .await?;
-    let raw: Vec<RawInfo> = understand(path, &json)?;
-    Ok(raw.into_iter().map(ImageInfo::from).collect())
+pub async fn chain(path: &Path, format: Option<&str>) -> Result<Vec<ImageInfo>, Error> {
+    match reach(path, format).await {
+        (chain, None) => Ok(chain),
+        (_, Some(error)) => Err(error),
+    }
+}
+
+/// The same, as far as it can be read: what was read before the error is as
+/// true as without it.
+pub async fn reach(path: &Path, format: Option<&str>) -> (Vec<ImageInfo>, Option<Error>) {
+    const OPERATION: &str = "read the chain of";
+    let given = format.map(str::to_owned);
+    let walked = blocking(OPERATION, path, {
+        let format = given.clone();
+        move |path| walk(path, format)
+    });
+    let (mut chain, from, format) = match walked.await {
+        Err(error) => return (Vec::new(), Some(error)),
+        Ok(Some((chain, Walk::Whole))) => return (chain, None),
+        Ok(Some((chain, Walk::Missing(file)))) => {
+            return (chain, Some(missing(OPERATION, path, &file)));
+        }
+        Ok(Some((chain, Walk::Unsure(from, format)))) => (chain, from, format),
+        // QEMU has the words for it.
+        Ok(Some((_, Walk::Circular)) | None) => (Vec::new(), text(path).into_owned(), given),
+    };
+    let before = remembering(Path::new(&from), format.as_deref()).await;
+    let mut arguments = vec!["info", "-U", "--backing-chain", "--output=json"];
+    if let Some(format) = &format {
+        arguments.extend(["-f", format]);
+    }
+    arguments.push(&from);
+    let told = run(OPERATION, path, READ, &arguments).await;
+    match told.and_then(|json| understand::<Vec<RawInfo>>(path, &json)) {
+        Err(error) => (chain, Some(error)),
+        Ok(raw) => {
+            let rest: Vec<ImageInfo> = raw.into_iter().map(ImageInfo::from).collect();
+            if let Some(image) = rest.first() {
+                remember(image, before);
+            }
+            chain.extend(rest);
+            (chain, None)
+        }
+    }
 }
 
 /// Makes an empty qcow2 overlay.
@@ -248,10 +521,9 @@ pub async fn create_overlay(path: &Path, backing: &Path, format: &str) -> Result
 ///
 /// # Errors
 /// When it is in use, or cannot be changed.
-pub async fn resize(path: &Path, bytes: u64, shrink: bool) -> Result<(), Error> {
-    let format = info(path).await?.format;
+pub async fn resize(path: &Path, format: &str, bytes: u64, shrink: bool) -> Result<(), Error> {
     let (path_text, size) = (text(path), bytes.to_string());
-    let mut arguments = vec!["resize", "-q", "-f", &format];
+    let mut arguments = vec!["resize", "-q", "-f", format];
     if shrink {
         arguments.push("--shrink");
     }
@@ -275,41 +547,5 @@ pub async fn remove_snapshot(path: &Path, name: &str) -> Result<(), Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn folder(name: &str) -> std::path::PathBuf {
-        let path = std::env::temp_dir().join(format!("vmsnap-image-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        path
-    }
-
-    #[tokio::test]
-    async fn a_chain_is_read_from_the_images_own_headers() {
-        let folder = folder("chain");
-        let (base, top) = (folder.join("base.qcow2"), folder.join("top.qcow2"));
-        run(
-            "make",
-            &base,
-            READ,
-            &["create", "-q", "-f", "qcow2", &text(&base), "1M"],
-        )
-        .await
-        .unwrap();
-        create_overlay(&top, &base, "qcow2").await.unwrap();
-        resize(&top, 2 << 20, false).await.unwrap();
-        let chain = chain(&top).await.unwrap();
-        let sizes: Vec<u64> = chain.iter().map(|image| image.virtual_size).collect();
-        assert_eq!(sizes, [2 << 20, 1 << 20]);
-        assert_eq!(chain[0].backing_path.as_deref(), base.to_str());
-        std::fs::remove_dir_all(folder).unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_missing_image_and_a_path_that_is_not_absolute_are_told_apart() {
-        let missing = info(Path::new("/nonexistent/x.qcow2")).await.unwrap_err();
-        assert_eq!(*missing.kind(), ErrorKind::MissingFile);
-        let relative = info(Path::new("--help")).await.unwrap_err();
-        assert_eq!(*relative.kind(), ErrorKind::InvalidArgument);
-    }
-}
+#[path = "image_tests.rs"]
+mod tests;

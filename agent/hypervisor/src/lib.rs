@@ -13,6 +13,7 @@
 
 mod block;
 mod connection;
+mod counters;
 mod definition;
 mod domain;
 mod error;
@@ -23,12 +24,16 @@ pub mod image;
 mod lanes;
 mod options;
 pub mod overlap;
+mod qcow2;
+pub mod saved;
 mod snapshot;
 mod snapshot_xml;
+mod stamp;
 mod storage;
 
 pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};
+pub use counters::{Counters, counters};
 pub use definition::{
     BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Mirror, Nvram,
     SharedMemory,

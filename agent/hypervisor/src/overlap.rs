@@ -52,7 +52,7 @@ impl Extent {
 /// # Errors
 /// When one of them cannot be read.
 pub async fn shares_data(upper: &Path, lower: &Path) -> Result<bool, Error> {
-    let size = image::info(upper).await?.virtual_size;
+    let size = image::info(upper, None).await?.virtual_size;
     let (mut start, mut length) = (0_u64, STRETCH);
     while start < size {
         let above = extents(upper, start, length).await?;

@@ -122,11 +122,51 @@ pub(crate) fn parse(xml: &str) -> Result<SnapshotInfo, Fault> {
         revert_disks: disks("revertDisks"),
         is_current: false,
         // The stored definition is the one that a revert brings back.
-        definition: match child(root, "inactiveDomain").or_else(|| child(root, "domain")) {
-            Some(domain) => Some(definition::domain(domain)?),
-            None => None,
-        },
+        definition: child(root, "inactiveDomain")
+            .or_else(|| child(root, "domain"))
+            .map(definition::domain)
+            .transpose()?,
+        live: child(root, "inactiveDomain")
+            .and_then(|_| child(root, "domain"))
+            .map(definition::domain)
+            .transpose()?,
     })
+}
+
+/// The same record with other overlays of the present state: what libvirt takes
+/// for its own on the next revert, and deletes then.
+pub(crate) fn with_revert_overlays(
+    xml: &str,
+    overlays: &[(String, String)],
+) -> Result<String, Fault> {
+    let document = definition::document(xml)?;
+    let root = document.root_element();
+    let Some(disks) = child(root, "disks") else {
+        return Err(Fault::malformed("a snapshot without <disks>"));
+    };
+    let mut fresh = String::from("\n  <revertDisks>");
+    for (target, file) in overlays {
+        // Writing into a string cannot fail.
+        let _ = write!(
+            fresh,
+            "<disk name='{}' snapshot='external' type='file'><driver type='qcow2'/>\
+             <source file='{}'/></disk>",
+            escape(target),
+            escape(file)
+        );
+    }
+    fresh.push_str("</revertDisks>");
+    let mut edits = vec![(disks.range().end..disks.range().end, fresh.as_str())];
+    if let Some(old) = child(root, "revertDisks") {
+        edits.push((old.range(), ""));
+    }
+    // From the end on, so that what lies before keeps its place.
+    edits.sort_by_key(|(range, _)| std::cmp::Reverse(range.start));
+    let mut text = xml.to_owned();
+    for (range, with) in edits {
+        text.replace_range(range, with);
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -182,5 +222,19 @@ mod tests {
         assert_eq!(snapshot.revert_disks[0].file.as_deref(), Some("/a.17"));
         let disks = snapshot.definition.unwrap().disks;
         assert_eq!(disks[0].path.as_deref(), Some("/a"));
+        let live = snapshot.live.unwrap().disks;
+        assert_eq!(live[0].path.as_deref(), Some("/live"));
+        // The overlays of the present state are replaced, and nothing else.
+        for before in [xml.to_owned(), xml.replace("revertDisks", "other")] {
+            let other = vec![("vda".to_owned(), "/a & b".to_owned())];
+            let changed = parse(&with_revert_overlays(&before, &other).unwrap()).unwrap();
+            assert_eq!(changed.revert_disks.len(), 1);
+            assert_eq!(changed.revert_disks[0].file.as_deref(), Some("/a & b"));
+            let rest = SnapshotInfo {
+                revert_disks: parse(&before).unwrap().revert_disks,
+                ..changed
+            };
+            assert_eq!(rest, parse(&before).unwrap());
+        }
     }
 }

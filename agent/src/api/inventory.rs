@@ -3,11 +3,14 @@
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, inventory_service_server::InventoryService};
 
-use super::{errors, reply, workflow};
+use super::{errors, paging, reply, workflow};
 use crate::{
     planning::{Fault, actions::kind::version, request::DEFAULT_POOL},
     workflows::Workflows,
 };
+
+/// VMs whose snapshots are read before it is seen whether the page is full.
+const VMS_AT_A_TIME: usize = 16;
 
 /// The service over the observer.
 #[derive(Debug, Clone)]
@@ -45,25 +48,27 @@ impl InventoryService for Service {
         for vm in &mut all {
             vm.busy_with = self.0.busy_with(&vm.name);
         }
-        let (page, next_page_token) = workflow::slice(
-            &all,
+        let all = all
+            .into_iter()
+            .map(|vm| v1::VmSummary {
+                name: vm.name,
+                uuid: vm.uuid,
+                state: reply::vm_state(vm.state) as i32,
+                state_reason: vm.reason,
+                vcpus: vm.vcpus,
+                memory_bytes: vm.memory,
+                snapshot_count: vm.snapshots,
+                workflow_id: vm.busy_with.unwrap_or_default(),
+            })
+            .collect();
+        let (vms, next_page_token) = paging::of_sorted(
+            all,
+            |vm: &v1::VmSummary| &vm.name,
             workflow::page(message.page_size, 100, 1_000),
             &message.page_token,
         )?;
         Ok(Response::new(v1::ListVmsResponse {
-            vms: page
-                .into_iter()
-                .map(|vm| v1::VmSummary {
-                    name: vm.name,
-                    uuid: vm.uuid,
-                    state: reply::vm_state(vm.state) as i32,
-                    state_reason: vm.reason,
-                    vcpus: vm.vcpus,
-                    memory_bytes: vm.memory,
-                    snapshot_count: vm.snapshots,
-                    workflow_id: vm.busy_with.unwrap_or_default(),
-                })
-                .collect(),
+            vms,
             next_page_token,
         }))
     }
@@ -84,22 +89,43 @@ impl InventoryService for Service {
         request: Request<v1::ListSnapshotsRequest>,
     ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
         let message = request.into_inner();
-        let only = (!message.vm_name.is_empty()).then_some(message.vm_name.as_str());
-        let vms = self
-            .0
-            .observer()
-            .all_snapshots(only)
-            .await
-            .map_err(failed)?;
-        let all: Vec<v1::Snapshot> = vms
-            .iter()
-            .flat_map(|(vm, snapshots)| reply::snapshots(vm, snapshots))
-            .collect();
-        let (snapshots, next_page_token) = workflow::slice(
-            &all,
-            workflow::page(message.page_size, 100, 10_000),
-            &message.page_token,
-        )?;
+        let observer = self.0.observer();
+        let vms = match message.vm_name.as_str() {
+            "" => observer.vms_with_snapshots().await.map_err(failed)?,
+            name => vec![observer.vm_to_list(name).await.map_err(failed)?],
+        };
+        let size = workflow::page(message.page_size, 100, 10_000) as usize;
+        let after = paging::Token::read(&message.page_token)?;
+        let from = match &after {
+            Some(token) => vms.partition_point(|(vm, _)| *vm < token.group),
+            None => 0,
+        };
+        let mut page = paging::Page::new(size);
+        // Only as many VMs are looked at as fit the page.
+        for some in vms[from..].chunks(VMS_AT_A_TIME) {
+            for (vm, snapshots) in observer.list_snapshots(some).await.map_err(failed)? {
+                let names: Vec<&str> = snapshots.iter().map(|one| one.name.as_str()).collect();
+                let skip = after.as_ref().map_or(0, |token| token.skip(&vm, &names));
+                for (at, snapshot) in reply::snapshots(&vm, &snapshots).into_iter().enumerate() {
+                    if at >= skip {
+                        let token = paging::Token::new(&vm, names[at], at);
+                        page.add(token, snapshot);
+                    }
+                }
+            }
+            if page.is_full() {
+                break;
+            }
+        }
+        let (snapshots, next_page_token) = page.end();
+        let costs = vmsnap_hypervisor::counters();
+        tracing::debug!(
+            snapshots = snapshots.len(),
+            snapshot_xml = costs.snapshot_xml,
+            headers = costs.headers,
+            qemu_img = costs.qemu_img,
+            "snapshots listed; costs so far"
+        );
         Ok(Response::new(v1::ListSnapshotsResponse {
             snapshots,
             next_page_token,
@@ -122,8 +148,9 @@ impl InventoryService for Service {
         for volume in &mut volumes {
             volume.used_by = users.get(&volume.path).cloned().unwrap_or_default();
         }
-        let (volumes, next_page_token) = workflow::slice(
-            &volumes,
+        let (volumes, next_page_token) = paging::of_sorted(
+            volumes,
+            |volume: &v1::Volume| &volume.name,
             workflow::page(message.page_size, 100, 1_000),
             &message.page_token,
         )?;

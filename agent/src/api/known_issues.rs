@@ -3,7 +3,7 @@
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, known_issue_service_server::KnownIssueService};
 
-use super::{errors, reply, workflow};
+use super::{errors, paging, reply, workflow};
 use crate::{
     planning::{
         Fault, Reason,
@@ -109,8 +109,9 @@ impl KnownIssueService for Service {
     ) -> Result<Response<v1::ListKnownIssuesResponse>, Status> {
         let message = request.into_inner();
         let all = self.known(&message.vm_name).await.map_err(failed)?;
-        let (issues, next_page_token) = workflow::slice(
-            &all,
+        let (issues, next_page_token) = paging::of_list(
+            all,
+            |issue: &v1::KnownIssue| &issue.id,
             workflow::page(message.page_size, 100, 1_000),
             &message.page_token,
         )?;

@@ -7,6 +7,7 @@ mod caller;
 mod errors;
 mod inventory;
 mod known_issues;
+mod paging;
 mod reply;
 mod server;
 mod spec;

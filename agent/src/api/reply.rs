@@ -12,6 +12,7 @@ use crate::{
         Done, Facts, Outcome, Plan, Step, Warning,
         actions::{checks, revert},
         facts::{Consistency, Disk, Health, Kind, Memory, Snapshot, Storage, Vm, VmState},
+        guard::{Guard, GuardState},
         outcome::{GuestReport, Verdict},
         plan::FieldChange,
     },
@@ -314,6 +315,23 @@ fn change(change: &FieldChange) -> v1::FieldChange {
         field: change.field.clone(),
         before: change.before.clone(),
         after: change.after.clone(),
+    }
+}
+
+/// A guarded change.
+#[must_use]
+pub fn guard(guard: &Guard) -> v1::Guard {
+    v1::Guard {
+        vm_name: guard.vm.clone(),
+        snapshot_name: guard.snapshot.clone(),
+        armed: Some(timestamp(guard.armed)),
+        deadline: Some(timestamp(guard.deadline)),
+        state: match guard.state {
+            GuardState::Held => v1::GuardState::Held,
+            _ => v1::GuardState::Pending,
+        } as i32,
+        note: guard.note.clone(),
+        workflow_id: guard.run.clone(),
     }
 }
 

@@ -10,7 +10,7 @@ use super::{caller, errors, reply, spec};
 use crate::{
     flow::Record,
     journal::{RunFilter, RunStatus},
-    planning::{Fault, Reason, request::Action},
+    planning::{Fault, request::Action},
     workflows::{Event, Submission, Workflows},
 };
 
@@ -188,6 +188,7 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::ConfirmWorkflowRequest>,
     ) -> Result<Response<v1::ConfirmWorkflowResponse>, Status> {
+        let by = caller::of(request.extensions());
         let message = request.into_inner();
         let asked = crate::planning::Request {
             vm: message.vm_name,
@@ -197,10 +198,57 @@ impl WorkflowService for Service {
             start_if_stopped: false,
             pool: crate::planning::request::DEFAULT_POOL.to_owned(),
         };
-        let (plan, _) = self.0.plan(&asked).await.map_err(failed)?;
+        let run = self
+            .0
+            .submit(asked, Submission::default(), by)
+            .await
+            .map_err(failed)?;
+        self.0.ended(&run).await.map_err(failed)?;
+        let changed = self
+            .0
+            .run(&run)
+            .await
+            .map_err(failed)?
+            .outcome
+            .is_some_and(|outcome| outcome.changed);
+        let records = self
+            .0
+            .journal()
+            .records(&run, 1)
+            .await
+            .map_err(|error| failed(error.into()))?;
+        let warnings = records
+            .iter()
+            .find_map(|record| match &record.record {
+                Record::Planned { plan } => {
+                    Some(plan.warnings.iter().map(reply::warning).collect())
+                }
+                _ => None,
+            })
+            .unwrap_or_default();
         Ok(Response::new(v1::ConfirmWorkflowResponse {
-            changed: plan.changes(),
-            warnings: plan.warnings.iter().map(reply::warning).collect(),
+            changed,
+            warnings,
+        }))
+    }
+
+    async fn list_guards(
+        &self,
+        request: Request<v1::ListGuardsRequest>,
+    ) -> Result<Response<v1::ListGuardsResponse>, Status> {
+        let vm = request.into_inner().vm_name;
+        let open = self
+            .0
+            .journal()
+            .open_guards()
+            .await
+            .map_err(|error| failed(error.into()))?;
+        Ok(Response::new(v1::ListGuardsResponse {
+            guards: open
+                .iter()
+                .filter(|guard| vm.is_empty() || guard.vm == vm)
+                .map(reply::guard)
+                .collect(),
         }))
     }
 
@@ -307,29 +355,4 @@ impl WorkflowService for Service {
                 .collect(),
         }))
     }
-}
-
-/// A page of a list that is held whole: those after `token`, and the next one.
-///
-/// # Errors
-/// When the token is none of this list's.
-pub fn slice<T: Clone>(all: &[T], size: u32, token: &str) -> Result<(Vec<T>, String), Status> {
-    let from: usize = if token.is_empty() {
-        0
-    } else {
-        token.parse().map_err(|_| {
-            failed(Fault::new(
-                Reason::BadRequest,
-                "page_token: is not one that this agent gave out; begin again without it",
-            ))
-        })?
-    };
-    let to = from.saturating_add(size as usize).min(all.len());
-    let page = all.get(from..to).unwrap_or_default().to_vec();
-    let next = if to < all.len() {
-        to.to_string()
-    } else {
-        String::new()
-    };
-    Ok((page, next))
 }

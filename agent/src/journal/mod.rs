@@ -22,11 +22,11 @@ use std::{
 use jiff::Timestamp;
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::{
     flow::Record,
-    planning::{Fault, Outcome, Request, facts::SnapshotRecord, issues::Learned},
+    planning::{Fault, Outcome, Request, facts::SnapshotRecord, guard::Guard, issues::Learned},
 };
 
 pub use store::RunFilter;
@@ -213,6 +213,8 @@ type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 pub struct Journal {
     jobs: mpsc::Sender<Job>,
     path: Arc<PathBuf>,
+    /// Told when a guard was kept.
+    guards: Arc<Notify>,
 }
 
 impl Journal {
@@ -238,6 +240,7 @@ impl Journal {
         Ok(Self {
             jobs,
             path: Arc::new(path.to_owned()),
+            guards: Arc::default(),
         })
     }
 
@@ -419,6 +422,47 @@ impl Journal {
     pub async fn begun_merges(&self, vm_uuid: &str) -> Result<Vec<BegunMerge>, JournalError> {
         let vm = vm_uuid.to_owned();
         self.call(move |db| store::begun_merges(db, &vm)).await
+    }
+
+    /// Keeps a guard as it is now.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn put_guard(&self, guard: Guard) -> Result<(), JournalError> {
+        self.call(move |db| store::put_guard(db, &guard)).await?;
+        self.guards.notify_one();
+        Ok(())
+    }
+
+    /// Forgets the guard that a run armed.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn remove_guard(&self, run: &str) -> Result<(), JournalError> {
+        let run = run.to_owned();
+        self.call(move |db| store::remove_guard(db, &run)).await
+    }
+
+    /// The open guard on a VM.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn open_guard(&self, vm_uuid: &str) -> Result<Option<Guard>, JournalError> {
+        let all = self.open_guards().await?;
+        Ok(all.into_iter().find(|guard| guard.vm_uuid == vm_uuid))
+    }
+
+    /// All open guards, the most urgent first.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn open_guards(&self) -> Result<Vec<Guard>, JournalError> {
+        self.call(store::open_guards).await
+    }
+
+    /// Waits until a guard was armed or changed.
+    pub async fn guards_changed(&self) {
+        self.guards.notified().await;
     }
 
     /// Notes files before they are made.

@@ -3,7 +3,11 @@
 //! Invariant: `user_version` is the number of migrations applied; a migration
 //! that was released is never edited, only followed by another.
 
-use std::path::Path;
+use std::{
+    fs::{File, Permissions},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::Path,
+};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
@@ -58,6 +62,16 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT;
 ",
     "
+    CREATE TABLE guards (
+        run TEXT PRIMARY KEY,
+        vm_uuid TEXT NOT NULL,
+        deadline INTEGER NOT NULL,
+        open INTEGER NOT NULL,
+        body TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX guards_open ON guards (vm_uuid) WHERE open = 1;
+",
+    "
     CREATE TABLE merges (
         vm_uuid TEXT NOT NULL,
         snapshot TEXT NOT NULL,
@@ -78,6 +92,10 @@ const MIGRATIONS: &[&str] = &[
 pub fn open(path: &Path) -> Result<Connection, JournalError> {
     let shown = path.display().to_string();
     let wrong = |error: rusqlite::Error| classify(&shown, &error);
+    only_for_owner(path).map_err(|error| JournalError::Io {
+        path: shown.clone(),
+        what: error.to_string(),
+    })?;
     let mut db = Connection::open(path).map_err(wrong)?;
     db.busy_timeout(std::time::Duration::from_secs(5))
         .map_err(wrong)?;
@@ -98,6 +116,17 @@ pub fn open(path: &Path) -> Result<Connection, JournalError> {
         transaction.commit().map_err(wrong)?;
     }
     Ok(db)
+}
+
+/// Kept definitions hold the passwords of VMs' displays, so nobody else may read
+/// the file; SQLite gives its side files the same permissions.
+fn only_for_owner(path: &Path) -> std::io::Result<()> {
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))
 }
 
 /// Looks at a database and changes nothing.

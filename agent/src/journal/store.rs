@@ -8,7 +8,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use vmsnap_engine::Closing;
 
 use super::{BegunMerge, JournalError, Learned, NotedFile, RunRow, RunStatus, Stamped, schema};
-use crate::{flow::Record, planning::facts::SnapshotRecord};
+use crate::{
+    flow::Record,
+    planning::{facts::SnapshotRecord, guard::Guard},
+};
 
 /// What went wrong in a statement.
 pub enum Error {
@@ -397,6 +400,39 @@ pub fn begun_merges(db: &mut Connection, vm: &str) -> Result<Vec<BegunMerge>> {
         })
     })?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+pub fn put_guard(db: &mut Connection, guard: &Guard) -> Result<()> {
+    db.execute(
+        "INSERT INTO guards (run, vm_uuid, deadline, open, body) VALUES (?1, ?2, ?3, ?4, ?5) \
+         ON CONFLICT (run) DO UPDATE SET open = excluded.open, body = excluded.body",
+        params![
+            guard.run,
+            guard.vm_uuid,
+            guard.deadline.as_millisecond(),
+            guard.state.is_open(),
+            to_json(&guard.run, guard)?
+        ],
+    )?;
+    Ok(())
+}
+
+pub fn remove_guard(db: &mut Connection, run: &str) -> Result<()> {
+    db.execute("DELETE FROM guards WHERE run = ?1", [run])?;
+    Ok(())
+}
+
+pub fn open_guards(db: &mut Connection) -> Result<Vec<Guard>> {
+    let mut statement =
+        db.prepare("SELECT run, body FROM guards WHERE open = 1 ORDER BY deadline, run")?;
+    let rows = statement.query_map([], |row| {
+        Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+    })?;
+    rows.map(|row| {
+        let (run, body) = row?;
+        from_json(&format!("guards.{run}"), &body)
+    })
+    .collect()
 }
 
 pub fn note_files(db: &mut Connection, run: &str, paths: &[String]) -> Result<()> {

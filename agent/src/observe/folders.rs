@@ -42,7 +42,7 @@ pub fn read(path: &str, pool: Option<String>) -> Option<Folder> {
         capacity: space.f_blocks.saturating_mul(space.f_frsize),
         network: NETWORK.contains(&kind),
         writable: !space.f_flag.contains(StatVfsMountFlags::RDONLY),
-        denied: access(path, Access::WRITE_OK).is_err(),
+        denied: access(path, Access::WRITE_OK | Access::EXEC_OK).is_err(),
         pool,
     })
 }

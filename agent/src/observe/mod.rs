@@ -19,7 +19,8 @@ use std::{
 };
 
 use jiff::{Timestamp, tz::TimeZone};
-use vmsnap_hypervisor::{Hypervisor, LinkStatus, Xml};
+use tokio::task::JoinSet;
+use vmsnap_hypervisor::{DiskDefinition, Hypervisor, LinkStatus, Xml};
 
 use crate::{
     config::Config,
@@ -42,6 +43,9 @@ pub struct Observer {
     max_chain: u32,
     storage_exclusive: bool,
     compared: half_merged::Compared,
+    /// libvirt runs as the agent's own user, or the agent as root: what the agent
+    /// may not do, libvirt may not either.
+    same_rights: bool,
 }
 
 /// A VM in a list.
@@ -63,6 +67,70 @@ pub struct VmLine {
     pub snapshots: u32,
     /// The run that is changing it.
     pub busy_with: Option<String>,
+}
+
+/// How well libvirt has to be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// For a decision: everything anew.
+    Fresh,
+    /// For a list: what is provably as it was is not asked for again.
+    Known,
+}
+
+/// VMs that are read at a time: as many as libvirt serves on a connection.
+const AT_A_TIME: usize = 4;
+
+/// Does something for each item, some at a time; in the items' order.
+async fn each<T, R, F>(
+    items: impl IntoIterator<Item = T>,
+    work: impl Fn(T) -> F,
+) -> Result<Vec<R>, Fault>
+where
+    R: Send + 'static,
+    F: Future<Output = Result<R, Fault>> + Send + 'static,
+{
+    let mut items = items.into_iter().enumerate();
+    // Dropped on an error, and what is still under way with it.
+    let mut running = JoinSet::new();
+    let mut done = BTreeMap::new();
+    loop {
+        while running.len() < AT_A_TIME
+            && let Some((at, item)) = items.next()
+        {
+            let work = work(item);
+            running.spawn(async move { (at, work.await) });
+        }
+        match running.join_next().await {
+            None => return Ok(done.into_values().collect()),
+            Some(Ok((at, result))) => {
+                done.insert(at, result?);
+            }
+            Some(Err(error)) => {
+                return Err(Fault::new(
+                    Reason::Internal,
+                    format!("reading a VM ended early: {error}"),
+                ));
+            }
+        }
+    }
+}
+
+/// The image of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskImage {
+    /// Path.
+    pub path: String,
+    /// The format in which the VM opens it; what the image says of itself may
+    /// be written by the guest.
+    pub format: Option<String>,
+}
+
+fn image_of(disk: DiskDefinition) -> Option<DiskImage> {
+    Some(DiskImage {
+        path: disk.path?,
+        format: disk.format,
+    })
 }
 
 /// Host facts that are only shown.
@@ -92,6 +160,8 @@ impl Observer {
             max_chain: config.limits.max_chain,
             storage_exclusive: config.storage.exclusive,
             compared: half_merged::Compared::default(),
+            same_rights: config.libvirt.uri.contains("/session")
+                || rustix::process::geteuid().is_root(),
         }
     }
 
@@ -167,11 +237,13 @@ impl Observer {
         let snapshots = self.snapshots(&vm).await?;
         let mut storage = self.storage(&request.pool).await?;
         let folders = self.folders(&vm, &snapshots, &storage).await;
-        let users = if needs_users(&request.action) {
-            let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
-            Some(self.users_of_files(looked_up).await?)
-        } else {
-            None
+        let guard = self.journal.open_guard(&vm.uuid).await?;
+        let users = match needs_users(&request.action) {
+            Some(reading) => {
+                let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
+                Some(self.users_of_files(looked_up, reading).await?)
+            }
+            None => None,
         };
         if let Some(users) = &users {
             for volume in &mut storage.volumes {
@@ -194,6 +266,7 @@ impl Observer {
             folders,
             users,
             ours,
+            guard,
             learned: self.journal.learned().await?,
         };
         if let Action::Cleanup(cleanup) = &request.action
@@ -217,6 +290,39 @@ impl Observer {
             .into_iter()
             .filter(|file| file.vm.is_empty() || file.vm == vm)
             .map(|file| file.path)
+            .collect())
+    }
+
+    /// What tells whether somebody changed a VM's definition or its snapshots.
+    ///
+    /// # Errors
+    /// When there is no such VM, or libvirt does not answer.
+    pub async fn fingerprint(&self, vm: &str) -> Result<String, Fault> {
+        use sha2::{Digest as _, Sha256};
+        let mut hash = Sha256::new();
+        // A transient VM has no definition beside its present one, which changes
+        // by itself.
+        if self.hypervisor.domain(vm).await?.persistent {
+            hash.update(self.hypervisor.domain_xml(vm, Xml::Inactive).await?);
+        }
+        let mut snapshots: Vec<String> = self
+            .hypervisor
+            .snapshots(vm)
+            .await?
+            .into_iter()
+            .map(|it| {
+                let parent = it.parent.unwrap_or_default();
+                format!("{}\n{parent}\n{}\n", it.name, it.creation_time)
+            })
+            .collect();
+        snapshots.sort();
+        for snapshot in snapshots {
+            hash.update(snapshot);
+        }
+        Ok(hash
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
             .collect())
     }
 
@@ -316,7 +422,7 @@ impl Observer {
         }
         let paths = storage.volumes.iter().map(|volume| volume.path.clone());
         let users = self
-            .users_of_files(paths.collect())
+            .users_of_files(paths.collect(), Reading::Known)
             .await?
             .into_iter()
             .map(|(path, users)| {
@@ -348,7 +454,15 @@ impl Observer {
         }
         for snapshot in snapshots {
             snapshot.media.iter().for_each(|(_, path)| add(path));
-            files_of(snapshot).for_each(|path| add(path));
+            snapshot
+                .definition
+                .disks
+                .iter()
+                .filter_map(|disk| disk.path.as_ref())
+                .chain(snapshot.definition.boot.iter().map(|(_, path)| path))
+                .chain(&snapshot.definition.nvram)
+                .for_each(|path| add(path));
+            files_of(snapshot).for_each(&mut add);
         }
         for volume in &storage.volumes {
             add(&volume.path);
@@ -362,6 +476,7 @@ impl Observer {
             .filter(|pool| pool.active)
             .filter_map(|pool| Some((pool.path?, pool.name)))
             .collect();
+        let same_rights = self.same_rights;
         let read = tokio::task::spawn_blocking(move || {
             paths
                 .into_iter()
@@ -370,7 +485,8 @@ impl Observer {
                         .iter()
                         .find(|(folder, _)| *folder == path)
                         .map(|(_, name)| name.clone());
-                    let folder = folders::read(&path, pool)?;
+                    let mut folder = folders::read(&path, pool)?;
+                    folder.denied &= same_rights;
                     Some((path, folder))
                 })
                 .collect()
@@ -378,71 +494,40 @@ impl Observer {
         read.await.unwrap_or_default()
     }
 
-    /// Paths of the VM's active images.
+    /// The VM's active images: paths, and formats as the VM opens them.
     ///
     /// # Errors
     /// When libvirt does not answer.
-    pub async fn disk_paths(&self, vm: &str) -> Result<Vec<String>, Fault> {
+    pub async fn disk_images(&self, vm: &str) -> Result<Vec<DiskImage>, Fault> {
         let definition = self.hypervisor.definition(vm, Xml::Inactive).await?;
-        Ok(definition
-            .disks
-            .into_iter()
-            .filter_map(|disk| disk.path)
-            .collect())
+        Ok(definition.disks.into_iter().filter_map(image_of).collect())
     }
 
-    /// Path of one disk's active image.
+    /// One disk's active image.
     ///
     /// # Errors
     /// When libvirt does not answer.
-    pub async fn disk_path(&self, vm: &str, target: &str) -> Result<Option<String>, Fault> {
+    pub async fn disk_image(&self, vm: &str, target: &str) -> Result<Option<DiskImage>, Fault> {
         let definition = self.hypervisor.definition(vm, Xml::Inactive).await?;
         Ok(definition
             .disks
             .into_iter()
             .find(|disk| disk.target == target)
-            .and_then(|disk| disk.path))
+            .and_then(image_of))
     }
 
-    /// Disks with files in a definition's XML: target and path.
+    /// Disks with files in a definition's XML: target and image.
     ///
     /// # Errors
     /// When it cannot be understood.
-    pub fn disks_of_xml(&self, xml: &str) -> Result<Vec<(String, String)>, Fault> {
+    pub fn disks_of_xml(&self, xml: &str) -> Result<Vec<(String, DiskImage)>, Fault> {
         let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
         Ok(definition
             .disks
             .into_iter()
             .filter(|disk| disk.source == vmsnap_hypervisor::DiskSource::File)
-            .filter_map(|disk| Some((disk.target, disk.path?)))
+            .filter_map(|disk| Some((disk.target.clone(), image_of(disk)?)))
             .collect())
-    }
-
-    /// The file that holds a snapshot's data of one disk.
-    ///
-    /// # Errors
-    /// When libvirt does not answer.
-    pub async fn snapshot_data(
-        &self,
-        vm: &str,
-        snapshot: &str,
-        target: &str,
-    ) -> Result<Option<String>, Fault> {
-        let found = self
-            .hypervisor
-            .snapshots(vm)
-            .await?
-            .into_iter()
-            .find(|found| found.name == snapshot);
-        Ok(found
-            .and_then(|found| found.definition)
-            .and_then(|definition| {
-                definition
-                    .disks
-                    .into_iter()
-                    .find(|disk| disk.target == target)
-            })
-            .and_then(|disk| disk.path))
     }
 
     /// Gives a new file the owner and permissions of the one that it replaces.
@@ -512,17 +597,19 @@ fn looked_up(
 }
 
 /// Whether a plan of this action may write or delete files that others use.
-fn needs_users(action: &Action) -> bool {
-    match action {
+fn needs_users(action: &Action) -> Option<Reading> {
+    let needed = match action {
         Action::Commit(commit) => {
             commit.all || !commit.name.is_empty() || commit.resize_to.is_some()
         }
-        // A list tells who uses each volume.
-        Action::Cleanup(_) | Action::List(_) => true,
+        Action::Cleanup(_) => true,
+        // A list tells who uses each volume, and decides nothing.
+        Action::List(_) => return Some(Reading::Known),
         Action::Create(create) => create.if_exists == IfExists::Replace,
         // It writes into the image of an internal snapshot, and libvirt removes
         // the present overlay for an external one.
         Action::Revert(_) => true,
         Action::Confirm { .. } => false,
-    }
+    };
+    needed.then_some(Reading::Fresh)
 }

@@ -63,9 +63,7 @@ fn own_images(facts: &Facts) -> BTreeSet<&str> {
 
 /// Whether an image stands on one of the VM's, directly or through others.
 async fn stands_on(file: &str, own: &BTreeSet<&str>) -> bool {
-    let Ok(chain) = image::chain(Path::new(file)).await else {
-        return false;
-    };
+    let (chain, _) = image::reach(Path::new(file), None).await;
     chain
         .iter()
         .skip(1)

@@ -1,55 +1,94 @@
 //! A VM's snapshots as facts: libvirt's list, held against files and journal.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use jiff::Timestamp;
-use vmsnap_hypervisor::{SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, image};
+use vmsnap_hypervisor::{
+    SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, Xml, image,
+};
 
-use super::Observer;
+use super::{Observer, Reading, each, vm};
 use crate::{
     journal::BegunMerge,
     planning::{
-        Fault,
-        facts::{Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState},
+        Fault, Reason,
+        facts::{
+            Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState,
+            held_by,
+        },
         health,
     },
 };
 
 impl Observer {
-    /// Snapshots of all VMs, or of one: by VM, parents before children.
+    /// Names and UUIDs of the VMs that have snapshots, by name.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn vms_with_snapshots(&self) -> Result<Vec<(String, String)>, Fault> {
+        let mut all = self.hypervisor.domains_with_snapshots().await?;
+        all.sort();
+        Ok(all)
+    }
+
+    /// Name and UUID of one VM.
+    ///
+    /// # Errors
+    /// When there is no such VM, or libvirt does not answer.
+    pub async fn vm_to_list(&self, name: &str) -> Result<(String, String), Fault> {
+        match self.hypervisor.domain(name).await.map_err(Fault::from) {
+            Ok(domain) => Ok((domain.name, domain.uuid)),
+            Err(fault) if fault.reason == Reason::VmNotFound => Err(self.no_such_vm(name).await),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Snapshots of these VMs for a list, in their order, each VM's parents before
+    /// children. Asks libvirt for nothing that the list does not show, and the
+    /// guests for nothing at all. One that is gone has none.
     ///
     /// # Errors
     /// When libvirt or the journal does not answer.
-    pub async fn all_snapshots(
+    pub async fn list_snapshots(
         &self,
-        only: Option<&str>,
+        vms: &[(String, String)],
     ) -> Result<Vec<(String, Vec<Snapshot>)>, Fault> {
-        let names: Vec<String> = match only {
-            Some(name) => vec![name.to_owned()],
-            None => self
-                .vms()
-                .await?
-                .into_iter()
-                .filter(|vm| vm.snapshots > 0)
-                .map(|vm| vm.name)
-                .collect(),
-        };
-        let mut all = Vec::with_capacity(names.len());
-        for name in names {
-            let vm = match self.vm(&name).await {
-                Ok(vm) => vm,
-                // Gone since it was listed.
-                Err(fault)
-                    if only.is_none() && fault.reason == crate::planning::Reason::VmNotFound =>
-                {
-                    continue;
-                }
-                Err(fault) => return Err(fault),
-            };
-            let snapshots = self.snapshots(&vm).await?;
-            all.push((name, snapshots));
+        each(vms.to_vec(), |(name, uuid)| {
+            let observer = self.clone();
+            async move {
+                let snapshots = match observer.list_snapshots_of(&name, &uuid).await {
+                    Err(fault) if fault.reason == Reason::VmNotFound => Vec::new(),
+                    other => other?,
+                };
+                Ok((name, snapshots))
+            }
+        })
+        .await
+    }
+
+    async fn list_snapshots_of(&self, name: &str, uuid: &str) -> Result<Vec<Snapshot>, Fault> {
+        let listed = self.listed(name, Reading::Known).await?;
+        if listed.is_empty() {
+            return Ok(Vec::new());
         }
-        Ok(all)
+        let definition = self.hypervisor.definition(name, Xml::Live).await?;
+        let mut disks = Vec::with_capacity(definition.disks.len());
+        for disk in &definition.disks {
+            disks.push(vm::disk(disk).await);
+        }
+        self.as_facts(name, uuid, &disks, &listed).await
+    }
+
+    /// libvirt's list of a VM's snapshots.
+    pub(super) async fn listed(
+        &self,
+        name: &str,
+        reading: Reading,
+    ) -> Result<Vec<SnapshotInfo>, Fault> {
+        Ok(match reading {
+            Reading::Fresh => self.hypervisor.snapshots(name).await?,
+            Reading::Known => self.hypervisor.known_snapshots(name).await?,
+        })
     }
 
     /// Snapshots of a VM, parents before children.
@@ -57,23 +96,32 @@ impl Observer {
     /// # Errors
     /// When libvirt or the journal does not answer.
     pub async fn snapshots(&self, vm: &Vm) -> Result<Vec<Snapshot>, Fault> {
-        let listed = self.hypervisor.snapshots(&vm.name).await?;
+        let listed = self.listed(&vm.name, Reading::Fresh).await?;
+        self.as_facts(&vm.name, &vm.uuid, &vm.disks, &listed).await
+    }
+
+    async fn as_facts(
+        &self,
+        name: &str,
+        uuid: &str,
+        active: &[Disk],
+        listed: &[SnapshotInfo],
+    ) -> Result<Vec<Snapshot>, Fault> {
         if listed.is_empty() {
             return Ok(Vec::new());
         }
         let records: BTreeMap<String, SnapshotRecord> = self
             .journal
-            .snapshot_records(&vm.uuid)
+            .snapshot_records(uuid)
             .await?
             .into_iter()
             .collect();
-        let ours = self.ours(&vm.name).await?;
-        let files = self.look(vm, &listed, &records).await;
+        let ours = self.ours(name).await?;
         // Those of a snapshot that is gone, or of an earlier one of the same name,
         // say nothing any more.
         let begun: Vec<BegunMerge> = self
             .journal
-            .begun_merges(&vm.uuid)
+            .begun_merges(uuid)
             .await?
             .into_iter()
             .filter(|merge| {
@@ -82,13 +130,15 @@ impl Observer {
                     .any(|info| info.name == merge.snapshot && info.creation_time == merge.created)
             })
             .collect();
+        let guard = self.journal.open_guard(uuid).await?;
+        let files = look(active, listed, &records).await;
         let mut all: Vec<Snapshot> = listed
             .iter()
             .map(|info| fact(info, records.get(&info.name)))
             .collect();
         sort(&mut all);
         let finished = self.journal.finished_merges().await?;
-        let half = self.compared.find(&all, &vm.disks, &finished).await;
+        let half = self.compared.find(&all, active, &finished).await;
         let known = health::Files {
             images: files
                 .images
@@ -107,6 +157,14 @@ impl Observer {
                 .collect(),
             missing: files.missing.iter().map(String::as_str).collect(),
             ours: ours.iter().map(String::as_str).collect(),
+            half: half
+                .iter()
+                .map(|(image, from)| (image.as_str(), from.as_slice()))
+                .collect(),
+            begun: begun
+                .iter()
+                .map(|merge| (merge.snapshot.as_str(), merge.disk.as_str()))
+                .collect(),
             deleting: listed
                 .iter()
                 .flat_map(|info| {
@@ -116,127 +174,152 @@ impl Observer {
                         .map(|disk| (info.name.as_str(), disk.target.as_str()))
                 })
                 .collect(),
-            half: half
-                .iter()
-                .map(|(image, from)| (image.as_str(), from.as_slice()))
-                .collect(),
-            begun: begun
-                .iter()
-                .map(|merge| (merge.snapshot.as_str(), merge.disk.as_str()))
-                .collect(),
         };
         let healths: Vec<Health> = all
             .iter()
-            .map(|snapshot| health::of(snapshot, &all, &vm.disks, &known))
+            .map(|snapshot| health::of(snapshot, &all, active, &known))
             .collect();
         for (snapshot, health) in all.iter_mut().zip(healths) {
             snapshot.health = health;
+            snapshot.guard = guard
+                .as_ref()
+                .filter(|guard| {
+                    guard.snapshot == snapshot.name && guard.created == snapshot.created.as_second()
+                })
+                .map(|guard| guard.deadline);
             snapshot.size = files.size_of(snapshot);
             snapshot.mistaken_for = files.mistaken_for(snapshot);
         }
         Ok(all)
     }
 
-    /// Looks at the files that the snapshots need.
-    async fn look(
+    /// The first disk of a VM, in one of its definitions, on an image that has to
+    /// stand still: its target, the image, and the snapshot whose data lies there.
+    ///
+    /// # Errors
+    /// When libvirt does not answer.
+    pub async fn frozen_image(
         &self,
-        vm: &Vm,
-        listed: &[SnapshotInfo],
-        records: &BTreeMap<String, SnapshotRecord>,
-    ) -> Looked {
-        let mut looked = Looked::default();
-        for image in vm.disks.iter().flat_map(|disk| &disk.chain) {
-            looked
-                .images
-                .insert(image.path.clone(), image.internal.clone());
-            looked
-                .numbers
-                .insert(image.path.clone(), image.numbers.clone());
-            looked.sizes.insert(image.path.clone(), image.actual_size);
-        }
-        let mut paths: BTreeSet<String> = BTreeSet::new();
-        for info in listed {
-            for disk in info.disks.iter().chain(&info.revert_disks) {
-                paths.extend(disk.file.clone());
-            }
-            if let Some(definition) = &info.definition {
-                paths.extend(definition.disks.iter().filter_map(|disk| disk.path.clone()));
-            }
-            if let SnapshotMemoryInfo::External { file } = &info.memory {
-                paths.insert(file.clone());
-            }
-        }
-        paths.extend(
-            records
-                .values()
-                .filter_map(|record| record.nvram_copy.clone()),
-        );
-        for path in paths {
-            if looked.images.contains_key(&path) || !path.starts_with('/') {
-                continue;
-            }
-            match tokio::fs::metadata(&path).await {
-                Err(_) => {
-                    looked.missing.insert(path);
-                }
-                Ok(metadata) => {
-                    use std::os::unix::fs::MetadataExt as _;
-                    looked.sizes.insert(path.clone(), metadata.blocks() * 512);
-                    let internal = listed.iter().any(|info| {
-                        info.disks
-                            .iter()
-                            .any(|disk| disk.mode == SnapshotMode::Internal)
-                    });
-                    if internal && let Ok(image) = image::info(path.as_ref()).await {
-                        let (numbers, names) = image
-                            .snapshots
-                            .into_iter()
-                            .map(|one| (one.id, one.name))
-                            .unzip();
-                        looked.numbers.insert(path.clone(), numbers);
-                        looked.images.insert(path, names);
-                    }
-                }
-            }
-        }
-        let in_chain = |path: &str| {
-            vm.disks
-                .iter()
-                .any(|disk| disk.chain.iter().any(|image| image.path == path))
-        };
-        // Side branches stand on images of their own.
-        let data: BTreeSet<&String> = listed
-            .iter()
-            .filter_map(|info| Some((info, info.definition.as_ref()?)))
-            .flat_map(|(info, definition)| {
-                info.disks
-                    .iter()
-                    .filter(|disk| disk.mode != SnapshotMode::No)
-                    .filter_map(|disk| {
-                        definition
-                            .disks
-                            .iter()
-                            .find(|one| one.target == disk.target)
-                    })
-                    .filter_map(|disk| disk.path.as_ref())
-            })
-            .filter(|path| !in_chain(path) && !looked.missing.contains(*path))
-            .collect();
-        for path in data {
-            match image::chain(path.as_ref()).await {
-                Ok(chain) => {
-                    let below = chain.into_iter().skip(1).map(|image| image.path).collect();
-                    looked.below.insert(path.clone(), below);
-                }
-                Err(error) => {
-                    looked
-                        .broken
-                        .insert(path.clone(), crate::faults::sentence(&error));
-                }
-            }
-        }
-        looked
+        vm: &str,
+        which: Xml,
+    ) -> Result<Option<(String, String, String)>, Fault> {
+        let definition = self.hypervisor.definition(vm, which).await?;
+        let listed = self.hypervisor.snapshots(vm).await?;
+        let all: Vec<Snapshot> = listed.iter().map(|info| fact(info, None)).collect();
+        Ok(vm::definition(&definition)
+            .disks
+            .into_iter()
+            .filter(|disk| !disk.only_read())
+            .find_map(|disk| {
+                let path = disk.path?;
+                let snapshot = held_by(&all, &disk.target, &path)?.name.clone();
+                Some((disk.target, path, snapshot))
+            }))
     }
+}
+
+/// Looks at the files that the snapshots need.
+async fn look(
+    active: &[Disk],
+    listed: &[SnapshotInfo],
+    records: &BTreeMap<String, SnapshotRecord>,
+) -> Looked {
+    let mut looked = Looked::default();
+    for image in active.iter().flat_map(|disk| &disk.chain) {
+        looked
+            .images
+            .insert(image.path.clone(), image.internal.clone());
+        looked
+            .numbers
+            .insert(image.path.clone(), image.numbers.clone());
+        looked.sizes.insert(image.path.clone(), image.actual_size);
+    }
+    // Files with the format in which they are opened.
+    let mut paths: BTreeMap<&str, Option<&str>> = BTreeMap::new();
+    for info in listed {
+        for disk in info.disks.iter().chain(&info.revert_disks) {
+            if let Some(file) = &disk.file {
+                paths.insert(file, disk.format.as_deref());
+            }
+        }
+        for disk in info.definition.iter().flat_map(|it| &it.disks) {
+            if let Some(path) = &disk.path {
+                paths.insert(path, disk.format.as_deref());
+            }
+        }
+        if let SnapshotMemoryInfo::External { file } = &info.memory {
+            paths.insert(file, None);
+        }
+    }
+    for copy in records.values().filter_map(|it| it.nvram_copy.as_ref()) {
+        paths.insert(copy, None);
+    }
+    let internal = listed
+        .iter()
+        .flat_map(|info| &info.disks)
+        .any(|disk| disk.mode == SnapshotMode::Internal);
+    for (path, format) in paths {
+        if looked.images.contains_key(path) || !path.starts_with('/') {
+            continue;
+        }
+        match tokio::fs::metadata(path).await {
+            Err(_) => {
+                looked.missing.insert(path.to_owned());
+            }
+            Ok(metadata) => {
+                use std::os::unix::fs::MetadataExt as _;
+                looked
+                    .sizes
+                    .insert(path.to_owned(), metadata.blocks() * 512);
+                if internal && let Ok(image) = image::info(path.as_ref(), format).await {
+                    let (numbers, names) = image
+                        .snapshots
+                        .into_iter()
+                        .map(|one| (one.id, one.name))
+                        .unzip();
+                    looked.numbers.insert(path.to_owned(), numbers);
+                    looked.images.insert(path.to_owned(), names);
+                }
+            }
+        }
+    }
+    let in_chain = |path: &str| {
+        active
+            .iter()
+            .any(|disk| disk.chain.iter().any(|image| image.path == path))
+    };
+    // Side branches stand on images of their own.
+    let data: BTreeMap<&str, Option<&str>> = listed
+        .iter()
+        .filter_map(|info| Some((info, info.definition.as_ref()?)))
+        .flat_map(|(info, definition)| {
+            info.disks
+                .iter()
+                .filter(|disk| disk.mode != SnapshotMode::No)
+                .filter_map(|disk| {
+                    definition
+                        .disks
+                        .iter()
+                        .find(|one| one.target == disk.target)
+                })
+                .filter_map(|disk| Some((disk.path.as_deref()?, disk.format.as_deref())))
+        })
+        .filter(|(path, _)| !in_chain(path) && !looked.missing.contains(*path))
+        .collect();
+    for (path, format) in data {
+        match image::chain(path.as_ref(), format).await {
+            Ok(chain) => {
+                let below = chain.into_iter().skip(1).map(|image| image.path).collect();
+                looked.below.insert(path.to_owned(), below);
+            }
+            Err(error) => {
+                looked
+                    .broken
+                    .insert(path.to_owned(), crate::faults::sentence(&error));
+            }
+        }
+    }
+    looked
 }
 
 /// What was found out about files.
@@ -350,30 +433,39 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
             .iter()
             .filter_map(|disk| Some((disk.target.clone(), disk.file.clone()?)))
             .collect(),
+        // libvirt keeps one definition then, and else two.
+        made_off: info.live.is_none(),
         current: info.is_current,
         health: Health::Whole,
         size: 0,
         record: record
             .filter(|record| record.created == info.creation_time)
             .cloned(),
-        machine: definition
-            .and_then(|definition| definition.machine.clone())
-            .unwrap_or_default(),
-        vm_memory: definition
-            .and_then(|definition| definition.memory_kib)
-            .map_or(0, |kib| kib.saturating_mul(1024)),
-        vm_vcpus: definition
-            .and_then(|definition| definition.vcpus)
-            .unwrap_or(0),
-        media: definition
-            .into_iter()
-            .flat_map(|definition| &definition.disks)
-            .filter(|disk| disk.only_read())
-            .filter_map(|disk| Some((disk.target.clone(), disk.path.clone()?)))
-            .collect(),
+        definition: definition.map(vm::definition).unwrap_or_default(),
+        media: media(info),
         mistaken_for: None,
         guard: None,
     }
+}
+
+/// Drives with media and read-only disks in a snapshot. A revert to memory starts the VM as it ran, so
+/// a medium that was put in while it ran counts too.
+fn media(info: &SnapshotInfo) -> Vec<(String, String)> {
+    let live = match info.memory {
+        SnapshotMemoryInfo::None => None,
+        _ => info.live.as_ref(),
+    };
+    let mut media: Vec<(String, String)> = Vec::new();
+    for definition in info.definition.iter().chain(live) {
+        for disk in vm::definition(definition).disks {
+            if let (true, Some(path)) = (disk.only_read(), disk.path)
+                && !media.iter().any(|(_, known)| *known == path)
+            {
+                media.push((disk.target, path));
+            }
+        }
+    }
+    media
 }
 
 /// Parents before children, older before newer; what hangs on a missing or
@@ -381,17 +473,22 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
 fn sort(all: &mut Vec<Snapshot>) {
     all.sort_by(|a, b| (a.created, &a.name).cmp(&(b.created, &b.name)));
     let mut rest: Vec<Snapshot> = std::mem::take(all);
+    let mut placed: HashSet<String> = HashSet::new();
     while !rest.is_empty() {
-        let (ready, later): (Vec<_>, Vec<_>) = rest.into_iter().partition(|one| {
-            one.parent
-                .as_ref()
-                .is_none_or(|parent| all.iter().any(|before| before.name == *parent))
-        });
-        if ready.is_empty() {
+        let before = placed.len();
+        let mut later = Vec::new();
+        for one in rest {
+            if one.parent.as_ref().is_none_or(|it| placed.contains(it)) {
+                placed.insert(one.name.clone());
+                all.push(one);
+            } else {
+                later.push(one);
+            }
+        }
+        if placed.len() == before {
             all.extend(later);
             return;
         }
-        all.extend(ready);
         rest = later;
     }
 }

@@ -7,7 +7,10 @@ use vmsnap_hypervisor::{DiskSource, DomainDefinition, DomainState, FreezeStatus,
 use super::Observer;
 use crate::planning::{
     Fault,
-    facts::{Agent, BlockJob, Disk, Firmware, Image, Memtune, Source, Vcpu, Vm, VmState},
+    facts::{
+        Agent, BlockJob, DefinedDisk, Definition, Disk, Firmware, Image, Memtune, Source, Vcpu, Vm,
+        VmState,
+    },
 };
 
 /// How long the guest agent may take to answer a ping.
@@ -42,7 +45,7 @@ impl Observer {
         };
         let mut disks = Vec::new();
         for disk in &live.disks {
-            disks.push(self.disk(disk).await);
+            disks.push(self::disk(disk).await);
         }
         let agent = self.agent(name, &live, state).await;
         let frozen = if agent.responding {
@@ -87,8 +90,10 @@ impl Observer {
             },
             not_migratable: live.not_migratable(),
             differing: inactive
-                .map(|inactive| differing(&live, &inactive))
+                .as_ref()
+                .map(|inactive| differing(&live, inactive))
                 .unwrap_or_default(),
+            definition: definition(inactive.as_ref().unwrap_or(&live)),
             disks,
             agent,
             frozen,
@@ -136,43 +141,40 @@ impl Observer {
         }
         jobs
     }
+}
 
-    async fn disk(&self, disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
-        let source = match disk.source {
-            DiskSource::File => Source::File,
-            DiskSource::Block => Source::Block,
-            DiskSource::Network => Source::Network,
-            DiskSource::Volume => Source::Volume,
-            DiskSource::None => Source::Empty,
-            _ => Source::Other,
-        };
-        let path = disk.path.clone().unwrap_or_default();
-        let (chain, chain_problem) = match source {
-            Source::File | Source::Block => match image::chain(Path::new(&path)).await {
+/// A disk with its chain as the images' own headers tell it.
+pub(super) async fn disk(disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
+    let source = source(disk.source);
+    let path = disk.path.clone().unwrap_or_default();
+    let (chain, chain_problem) = match source {
+        Source::File | Source::Block => {
+            match image::chain(Path::new(&path), disk.format.as_deref()).await {
                 Ok(chain) => (chain.into_iter().map(image_fact).collect(), None),
                 Err(error) => (Vec::new(), Some(crate::faults::sentence(&error))),
-            },
-            _ => (Vec::new(), None),
-        };
-        let chain: Vec<Image> = chain;
-        Disk {
-            target: disk.target.clone(),
-            bus: disk.bus.clone().unwrap_or_default(),
-            device: disk.device.clone(),
-            source,
-            format: disk.format.clone().unwrap_or_default(),
-            readonly: disk.readonly,
-            shareable: disk.shareable,
-            virtual_size: chain.first().map_or(0, |image| image.virtual_size),
-            path,
-            chain,
-            chain_problem,
-            merging_into: disk
-                .mirror
-                .as_ref()
-                .filter(|mirror| mirror.merge)
-                .map(|mirror| mirror.path.clone()),
+            }
         }
+        _ => (Vec::new(), None),
+    };
+    let chain: Vec<Image> = chain;
+    Disk {
+        target: disk.target.clone(),
+        bus: disk.bus.clone().unwrap_or_default(),
+        device: disk.device.clone(),
+        source,
+        format: disk.format.clone().unwrap_or_default(),
+        readonly: disk.readonly,
+        shareable: disk.shareable,
+        transient: disk.transient,
+        virtual_size: chain.first().map_or(0, |image| image.virtual_size),
+        path,
+        chain,
+        chain_problem,
+        merging_into: disk
+            .mirror
+            .as_ref()
+            .filter(|mirror| mirror.merge)
+            .map(|mirror| mirror.path.clone()),
     }
 }
 
@@ -205,15 +207,59 @@ fn firmware(definition: &DomainDefinition) -> Firmware {
     }
 }
 
+fn source(source: DiskSource) -> Source {
+    match source {
+        DiskSource::File => Source::File,
+        DiskSource::Block => Source::Block,
+        DiskSource::Network => Source::Network,
+        DiskSource::Volume => Source::Volume,
+        DiskSource::None => Source::Empty,
+        _ => Source::Other,
+    }
+}
+
+/// A definition as facts.
+pub(super) fn definition(of: &DomainDefinition) -> Definition {
+    let boot = [
+        ("kernel", &of.kernel),
+        ("initial ramdisk", &of.initrd),
+        ("firmware", &of.loader_path),
+    ];
+    Definition {
+        memory: of.memory_kib.unwrap_or(0).saturating_mul(1024),
+        vcpus: of.vcpus.unwrap_or(0),
+        vcpus_at_start: of.vcpus_at_start.or(of.vcpus).unwrap_or(0),
+        machine: of.machine.clone().unwrap_or_default(),
+        nvram: of.nvram.as_ref().and_then(|nvram| nvram.path.clone()),
+        agent: of.guest_agent().is_some(),
+        disks: of
+            .disks
+            .iter()
+            .map(|disk| DefinedDisk {
+                target: disk.target.clone(),
+                device: disk.device.clone(),
+                source: source(disk.source),
+                path: disk.path.clone(),
+                readonly: disk.readonly,
+            })
+            .collect(),
+        boot: boot
+            .into_iter()
+            .filter_map(|(what, path)| Some((what.to_owned(), path.clone()?)))
+            .collect(),
+    }
+}
+
 /// Disks whose next start would use another image than the one in use. A medium
-/// may be changed for this run of the VM only.
+/// may be changed for this run of the VM only, and so is what a transient disk
+/// stands for.
 fn differing(
     live: &DomainDefinition,
     inactive: &DomainDefinition,
 ) -> Vec<(String, String, String)> {
     live.disks
         .iter()
-        .filter(|disk| !disk.only_read())
+        .filter(|disk| !disk.only_read() && !disk.transient)
         .filter_map(|disk| {
             let used = disk.path.as_ref()?;
             let defined = inactive

@@ -95,6 +95,7 @@ impl Performer {
                 (Step::DeleteSnapshot { name, .. }, Some(Done::Deleted { .. })) => {
                     outcome.merged.push(name.clone());
                 }
+                (_, Some(Done::Guarded { deadline })) => outcome.guard = Some(*deadline),
                 (_, Some(Done::Resized { bytes })) => outcome.resized_to = Some(*bytes),
                 _ => {}
             }

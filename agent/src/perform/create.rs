@@ -22,6 +22,7 @@ use vmsnap_hypervisor::{
 use super::Performer;
 use crate::{
     faults,
+    observe::{DiskImage, Reading},
     planning::{
         Done, Fault, Reason, Step,
         facts::{Consistency, SnapshotRecord, folder_of},
@@ -288,8 +289,9 @@ impl Performer {
     /// name. It can be removed only while nobody has the image open.
     async fn drop_internal_orphan(&self, name: &str) -> Result<Option<String>, Fault> {
         let off = self.hypervisor.domain(self.vm()).await?.state == DomainState::Shutoff;
-        for path in self.observer.disk_paths(self.vm()).await? {
-            let Ok(image) = vmsnap_hypervisor::image::info(Path::new(&path)).await else {
+        for DiskImage { path, format } in self.observer.disk_images(self.vm()).await? {
+            let read = vmsnap_hypervisor::image::info(Path::new(&path), format.as_deref());
+            let Ok(image) = read.await else {
                 continue;
             };
             if !image.snapshots.iter().any(|snapshot| snapshot.name == name) {
@@ -356,7 +358,7 @@ impl Performer {
         let mut removed = Vec::new();
         if !there.is_empty() {
             let asked = there.iter().map(|path| (*path).clone()).collect();
-            let users = self.observer.users_of_files(asked).await?;
+            let users = self.observer.users_of_files(asked, Reading::Fresh).await?;
             for path in there {
                 if users.get(path).is_some_and(|users| !users.is_empty()) {
                     kept.push(path);

@@ -17,7 +17,11 @@ use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{DeleteFlags, DomainState, image};
 
 use super::Performer;
-use crate::planning::{Done, Fault, Reason, facts::VmState};
+use crate::planning::{
+    Done, Fault, Reason,
+    facts::{VmState, folder_of},
+    files, tree,
+};
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
@@ -63,7 +67,7 @@ impl Performer {
                 if lower.iter().all(|lower| stamp(&lower.path) == lower.stamp) {
                     self.journal.forget_merge(&self.plan.vm_uuid, name).await?;
                 }
-                return Err(self.which_file(fault, &lower));
+                return Err(self.with_place(fault, &lower));
             }
         };
         // A merge may be over before it was looked at.
@@ -87,6 +91,9 @@ impl Performer {
         // libvirt removes overlays and memory; copies of UEFI variables are ours.
         self.remove_unused(merge.files).await?;
         self.forget_gone().await?;
+        if self.has_siblings(name) {
+            self.mend_if_needed().await?;
+        }
         Ok(Done::Deleted { merged_bytes })
     }
 
@@ -122,27 +129,54 @@ impl Performer {
         Ok(true)
     }
 
-    /// Adds the file that could not be written: the image of a chain that libvirt's
-    /// words name, else what was to be merged into.
-    fn which_file(&self, fault: Fault, lower: &[Lower<'_>]) -> Fault {
-        if fault.reason != Reason::StorageNotWritable {
+    /// Adds what a caller needs: for a lack of space, where and how much; else the
+    /// file that could not be written, which is the image of a chain that libvirt's
+    /// words name, or what was to be merged into.
+    fn with_place(&self, fault: Fault, lower: &[Lower<'_>]) -> Fault {
+        let Some(facts) = &self.facts else {
             return fault;
+        };
+        match fault.reason {
+            Reason::NoSpace => {
+                for lower in lower {
+                    let folder = folder_of(&lower.path);
+                    if let Some(now) =
+                        crate::observe::folder(folder).filter(|now| now.free < lower.above)
+                    {
+                        let mut full = files::no_space(facts, folder, lower.above, now.free);
+                        full.message = format!("{}; {}", full.message, fault.message);
+                        return full;
+                    }
+                }
+                fault
+            }
+            Reason::StorageNotWritable => {
+                let named = facts
+                    .vm
+                    .disks
+                    .iter()
+                    .flat_map(|disk| &disk.chain)
+                    .map(|image| &image.path)
+                    .filter(|path| fault.message.contains(&format!("'{path}'")))
+                    .chain(lower.iter().map(|lower| &lower.path))
+                    .next()
+                    .cloned();
+                match named {
+                    Some(path) => fault.with("path", path),
+                    None => fault,
+                }
+            }
+            _ => fault,
         }
-        let chains = self
-            .facts
-            .iter()
-            .flat_map(|facts| &facts.vm.disks)
-            .flat_map(|disk| &disk.chain)
-            .map(|image| &image.path);
-        let named = chains
-            .filter(|path| fault.message.contains(&format!("'{path}'")))
-            .chain(lower.iter().map(|lower| &lower.path))
-            .next()
-            .cloned();
-        match named {
-            Some(path) => fault.with("path", path),
-            None => fault,
-        }
+    }
+
+    /// Whether other snapshots have the same parent: then libvirt forgets which
+    /// overlay of the parent the present state is on.
+    fn has_siblings(&self, name: &str) -> bool {
+        self.facts.as_ref().is_some_and(|facts| {
+            let parent = facts.snapshot(name).and_then(|one| one.parent.as_deref());
+            parent.is_some_and(|parent| tree::children(facts, parent).len() > 1)
+        })
     }
 
     /// Has libvirt merge and delete. Returns the bytes that were seen to be merged,
@@ -232,11 +266,12 @@ impl Performer {
                 .find(|one| one.target == *disk)
                 .and_then(|one| one.path.as_ref());
             let (Some(data), Ok(Some(active))) =
-                (data, self.observer.disk_path(self.vm(), disk).await)
+                (data, self.observer.disk_image(self.vm(), disk).await)
             else {
                 continue;
             };
-            let Ok(chain) = image::chain(Path::new(&active)).await else {
+            let chain = image::chain(Path::new(&active.path), active.format.as_deref()).await;
+            let Ok(chain) = chain else {
                 continue;
             };
             let at = chain.iter().position(|image| image.path == *data);

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use vmsnap_engine::Hold;
-use vmsnap_hypervisor::{DomainState, ErrorKind, FreezeStatus};
+use vmsnap_hypervisor::{DomainState, ErrorKind, FreezeStatus, Xml};
 
 use super::{Performer, lock, plain};
 use crate::{
@@ -198,7 +198,22 @@ impl Performer {
         Ok(())
     }
 
+    /// Starts the VM, unless that would write into a restore point.
     pub(super) async fn start(&self, paused: bool) -> Result<Done, Fault> {
+        let frozen = self.observer.frozen_image(self.vm(), Xml::Inactive).await?;
+        if let Some((disk, image, snapshot)) = frozen {
+            return Err(Fault::new(
+                Reason::DefinitionDiffers,
+                format!(
+                    "VM '{}' is not started: its disk {disk} is defined as '{image}', in which the \
+                     data of snapshot '{snapshot}' lies",
+                    self.vm()
+                ),
+            )
+            .with("disk", disk)
+            .with("defined", image)
+            .with("snapshot", snapshot));
+        }
         if let Err(error) = self.hypervisor.start(self.vm(), paused).await {
             let state = self.hypervisor.domain(self.vm()).await?.state;
             let wanted = if paused {

@@ -7,6 +7,7 @@
 mod conclude;
 mod create;
 mod delete;
+mod guard;
 mod guest;
 mod hold;
 mod merge;
@@ -15,7 +16,10 @@ mod storage;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -42,6 +46,9 @@ pub struct Performer {
     facts: Option<Facts>,
     notices: Mutex<Vec<Warning>>,
     held_since: Mutex<HashMap<Hold, Instant>>,
+    /// A revert that failed went through all the same: the present state is gone
+    /// but for what the run kept of it.
+    went_through: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -68,11 +75,27 @@ impl Performer {
             facts,
             notices: Mutex::default(),
             held_since: Mutex::default(),
+            went_through: AtomicBool::new(false),
         }
     }
 
     fn vm(&self) -> &str {
         &self.plan.request.vm
+    }
+
+    fn went_through(&self) {
+        self.went_through.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether what the run made has to stay although the run failed.
+    fn keeps_what_it_made(&self) -> bool {
+        self.went_through.load(Ordering::Relaxed)
+    }
+
+    /// Whether a start comes after a revert.
+    fn reverts(&self) -> bool {
+        let mut steps = self.plan.steps.iter();
+        steps.any(|step| matches!(step, Step::Revert { .. }))
     }
 
     fn notice(&self, code: &str, message: impl Into<String>, advice: impl Into<String>) {
@@ -106,7 +129,15 @@ impl Performer {
                 self.hypervisor.managed_save_remove(self.vm()).await?;
                 Ok(plain("the saved memory is gone"))
             }
-            Step::Start { paused } => self.start(*paused).await,
+            Step::Start { paused } => self.start(*paused).await.map_err(|fault| {
+                if self.reverts() {
+                    let message =
+                        format!("{}; the revert is done, and the VM is off", fault.message);
+                    Fault { message, ..fault }
+                } else {
+                    fault
+                }
+            }),
             Step::Stop => {
                 self.hypervisor.destroy(self.vm()).await?;
                 Ok(plain(""))
@@ -115,7 +146,10 @@ impl Performer {
                 what,
                 timeout_ms,
                 required,
-            } => self.wait_for(*what, *timeout_ms, *required, cancel).await,
+            } => {
+                self.wait_for(index, *what, *timeout_ms, *required, cancel)
+                    .await
+            }
             Step::Freeze {
                 timeout_ms,
                 fall_back,
@@ -126,6 +160,8 @@ impl Performer {
             Step::CopyNvram { from, to } => self.copy_nvram(from, to).await,
             Step::CreateSnapshot(new) => self.create(index, new, cancel).await,
             Step::RecordSnapshot(record) => self.record(record, done).await,
+            Step::CheckSnapshot { name, nvram } => self.check_snapshot(name, nvram.as_ref()).await,
+            Step::MendRecord { name, overlays } => self.mend_record(name, overlays).await,
             Step::KeepDefinition => self.keep_definition().await,
             Step::Revert {
                 name,
@@ -135,7 +171,13 @@ impl Performer {
                 ..
             } => self.revert(name, *running, *paused, *force).await,
             Step::RestoreNvram { from, to } => self.restore_nvram(from, to).await,
-            Step::SyncClock => self.sync_clock().await,
+            Step::ArmGuard {
+                snapshot,
+                within_ms,
+                created_by,
+            } => self.arm(snapshot, *within_ms, *created_by, done).await,
+            Step::EndGuard { snapshot, state } => self.end_guard(snapshot, *state).await,
+            Step::SyncClock => self.sync_clock(done).await,
             Step::DeleteSnapshot {
                 name,
                 metadata_only,
@@ -206,6 +248,11 @@ impl Perform<Snapshots> for Performer {
         match step {
             Step::Freeze { .. } => self.ensure_thawed().await,
             Step::Suspend { .. } => self.undo_suspend(index, done).await,
+            Step::CreateSnapshot(_) | Step::RecordSnapshot(_) | Step::CopyNvram { .. }
+                if self.keeps_what_it_made() =>
+            {
+                Ok("it is kept: the VM does not stand on it any more".into())
+            }
             Step::CopyNvram { to, .. } => self.remove_unused(std::slice::from_ref(to)).await,
             Step::CreateSnapshot(new) => self.undo_create(new).await,
             Step::RecordSnapshot(record) => {
@@ -226,6 +273,8 @@ impl Perform<Snapshots> for Performer {
                 self.undo_delete(*boots_helper, bandwidth.is_some(), disks)
                     .await
             }
+            Step::ArmGuard { .. } => self.disarm().await,
+            Step::EndGuard { snapshot, .. } => self.arm_again(snapshot).await,
             _ => Ok("nothing to undo".into()),
         }
     }

@@ -11,19 +11,98 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use vmsnap_hypervisor::{DomainState, RevertFlags, Xml, image};
+use vmsnap_hypervisor::{DomainState, DomainSummary, Hypervisor, RevertFlags, Xml, image, saved};
 
 use super::{Performer, create};
-use crate::planning::{
-    Done, Fault, Reason,
-    facts::{Kind, Memory, Snapshot, VmState, folder_of},
-    names::file_part,
+use crate::{
+    faults::sentence,
+    planning::{
+        Done, Fault, Reason,
+        facts::{Kind, Memory, Snapshot, VmState, folder_of},
+        lineage,
+    },
 };
 
+/// What [`Done::Definition`] keeps.
+struct Kept<'a> {
+    xml: &'a str,
+    id: Option<u32>,
+    backing: &'a [(String, String, String)],
+    records: &'a [(String, String)],
+    current: Option<&'a str>,
+}
+
+/// What a failed revert left of the VM.
+enum Left {
+    /// libvirt refused before it touched anything.
+    Untouched,
+    /// The VM is on, with what the snapshot holds.
+    WentThrough,
+    /// The VM is on with its own images: an earlier try put it back.
+    PutBack,
+    /// The VM is off, or has to be.
+    Off,
+}
+
 impl Performer {
+    /// Looks at the files of a snapshot, which libvirt itself opens only after it
+    /// has killed the guest.
+    pub(super) async fn check_snapshot(
+        &self,
+        name: &str,
+        nvram: Option<&(String, String)>,
+    ) -> Result<Done, Fault> {
+        let snapshot = self.snapshot(name)?;
+        check_memory(&snapshot, true).await?;
+        if let Some((copy, file)) = nvram {
+            check_nvram(&snapshot, copy, file).await?;
+        }
+        Ok(super::plain("they are whole"))
+    }
+
+    pub(super) async fn mend_record(
+        &self,
+        name: &str,
+        overlays: &[(String, String)],
+    ) -> Result<Done, Fault> {
+        let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
+        let mended = Hypervisor::with_revert_overlays(&record, overlays)?;
+        self.redefine(&mended, name, true).await?;
+        Ok(super::plain("it names the overlays of the present state"))
+    }
+
     pub(super) async fn keep_definition(&self) -> Result<Done, Fault> {
         let xml = self.hypervisor.domain_xml(self.vm(), Xml::Inactive).await?;
-        Ok(Done::Definition { xml })
+        let mut backing = Vec::new();
+        for (target, disk) in self.observer.disks_of_xml(&xml)? {
+            // An image that cannot be read is none that could be made again.
+            let info = image::info(Path::new(&disk.path), disk.format.as_deref()).await;
+            if let Ok(info) = info
+                && let Some(below) = info.backing_path
+            {
+                let format = match info.backing_format {
+                    Some(format) => format,
+                    None => image::info(Path::new(&below), None).await?.format,
+                };
+                backing.push((target, below, format));
+            }
+        }
+        let current = self.current_snapshot().await?;
+        let mut records = Vec::new();
+        let changed = [current.as_ref(), Some(&self.plan.snapshot)];
+        for name in changed.into_iter().flatten() {
+            if records.iter().all(|(known, _)| known != name) {
+                let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
+                records.push((name.clone(), record));
+            }
+        }
+        Ok(Done::Definition {
+            xml,
+            id: self.hypervisor.domain(self.vm()).await?.id,
+            backing,
+            records,
+            current,
+        })
     }
 
     pub(super) async fn revert(
@@ -34,9 +113,10 @@ impl Performer {
         force: bool,
     ) -> Result<Done, Fault> {
         let snapshot = self.snapshot(name)?;
-        check_memory(&snapshot).await?;
+        // The whole file was read by a step before; other steps may have taken long.
+        check_memory(&snapshot, false).await?;
         if snapshot.kind != Kind::Internal {
-            self.pace().await?;
+            self.pace(&snapshot).await?;
         }
         let flags = RevertFlags {
             running,
@@ -57,15 +137,25 @@ impl Performer {
         let before = self.known_files();
         let fresh: Vec<String> = self
             .observer
-            .disk_paths(self.vm())
+            .disk_images(self.vm())
             .await?
             .into_iter()
+            .map(|image| image.path)
             .filter(|path| !before.contains(path))
             // Not a disk that the snapshot's definition brought back.
             .filter(|path| second_in(path).is_some_and(|second| second >= began))
             .collect();
         self.journal.note_files(&self.live.id, fresh).await?;
         self.forget_gone().await
+    }
+
+    /// The snapshot that the present state descends from, by libvirt's record.
+    async fn current_snapshot(&self) -> Result<Option<String>, Fault> {
+        let all = self.hypervisor.snapshots(self.vm()).await?;
+        Ok(all
+            .into_iter()
+            .find(|snapshot| snapshot.is_current)
+            .map(|snapshot| snapshot.name))
     }
 
     fn snapshot(&self, name: &str) -> Result<Snapshot, Fault> {
@@ -81,20 +171,31 @@ impl Performer {
             })
     }
 
-    /// libvirt names the new overlay by the second, and refuses if that file is
-    /// there: waits until the present second is past the last one used.
-    async fn pace(&self) -> Result<(), Fault> {
-        let last = self
-            .observer
-            .disk_paths(self.vm())
-            .await?
-            .iter()
-            .filter_map(|path| second_in(path))
-            .max()
-            .unwrap_or(0);
+    /// libvirt names the new overlay by the second, beside the image that it
+    /// stands on, and refuses if that file is there: waits until no file of the
+    /// present second or a later one is.
+    async fn pace(&self, snapshot: &Snapshot) -> Result<(), Fault> {
         let now = since_epoch();
-        // Far in the future means that it is no time at all.
-        if last >= now.as_secs() && last < now.as_secs() + 5 {
+        let mut last = 0;
+        for path in snapshot
+            .definition
+            .disks
+            .iter()
+            .filter_map(|it| it.path.as_ref())
+        {
+            let Some(folder) = crate::observe::folder(folder_of(path)) else {
+                continue;
+            };
+            let seconds = folder
+                .names
+                .iter()
+                .filter_map(|name| second_in(name))
+                // Far in the future means that it is no time at all.
+                .filter(|second| (now.as_secs()..now.as_secs() + 5).contains(second))
+                .max();
+            last = last.max(seconds.unwrap_or(0));
+        }
+        if last >= now.as_secs() {
             let until = Duration::from_secs(last + 1).saturating_sub(now);
             tokio::time::sleep(until + Duration::from_millis(20)).await;
         }
@@ -106,7 +207,12 @@ impl Performer {
         let fresh = format!("{to}.vmsnap-new");
         let _ = tokio::fs::remove_file(&fresh).await;
         create::copy(from, &fresh).await?;
-        self.observer.same_owner(to, &fresh)?;
+        let like = if tokio::fs::metadata(to).await.is_ok() {
+            to
+        } else {
+            from
+        };
+        self.observer.same_owner(like, &fresh)?;
         tokio::fs::rename(&fresh, to).await.map_err(|error| {
             Fault::new(
                 Reason::StorageNotWritable,
@@ -125,31 +231,47 @@ impl Performer {
         definition: usize,
         done: &[Option<Done>],
     ) -> Result<String, Fault> {
-        let Some(Done::Definition { xml }) = done.get(definition).and_then(Option::as_ref) else {
+        let Some(Done::Definition {
+            xml,
+            id,
+            backing,
+            records,
+            current,
+        }) = done.get(definition).and_then(Option::as_ref)
+        else {
             return Ok("the revert never began".into());
         };
-        let mut domain = self.hypervisor.domain(self.vm()).await?;
-        // A new QEMU that is only just coming up or going down settles first.
-        for _ in 0..40 {
-            if !matches!(domain.state, DomainState::Shutdown) {
-                break;
+        let kept = Kept {
+            xml,
+            id: *id,
+            backing,
+            records,
+            current: current.as_deref(),
+        };
+        match self.left(&kept).await? {
+            Left::Untouched => return Ok("libvirt gave up before it touched the VM".into()),
+            Left::PutBack => {
+                self.records_again(&kept).await?;
+                return Ok("the VM is back, and so are libvirt's records".into());
             }
-            tokio::time::sleep(Duration::from_millis(250)).await;
-            domain = self.hypervisor.domain(self.vm()).await?;
+            Left::WentThrough => {
+                // What was there before is gone, so what was kept of it has to stay.
+                self.went_through();
+                self.notice(
+                    "REVERT_WENT_THROUGH",
+                    format!(
+                        "the VM is in snapshot '{name}' now: libvirt failed only after it had \
+                         reverted"
+                    ),
+                    "",
+                );
+                let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
+                self.redefine(&record, name, true).await?;
+                return Ok(format!("the VM is in snapshot '{name}' now"));
+            }
+            Left::Off => self.hypervisor.destroy(self.vm()).await?,
         }
-        if domain.state == DomainState::Running {
-            return Ok("the VM runs; the revert did not touch it or went through".into());
-        }
-        if domain.state == DomainState::Paused && self.plan.vm_state == VmState::Paused {
-            return Ok("the VM is paused, as before".into());
-        }
-        if domain.state == DomainState::Paused {
-            // Half-started by the revert: its memory is not what anybody wants.
-            self.hypervisor.destroy(self.vm()).await?;
-        }
-        let safe = self.safe_definition(xml, name).await?;
-        self.hypervisor.define(&safe.xml).await?;
-        let mut note = safe.note;
+        let mut note = self.define_again(&kept).await?;
         match self.plan.vm_state {
             VmState::Running => {
                 self.start(false).await?;
@@ -167,59 +289,156 @@ impl Performer {
             }
             _ => {}
         }
+        // Last, because a VM that runs matters more than a record.
+        self.records_again(&kept).await?;
         Ok(note)
     }
 
-    /// The definition from before the revert, if all its images still exist;
-    /// else the same with a fresh overlay over the snapshot's data.
-    async fn safe_definition(&self, xml: &str, name: &str) -> Result<SafeDefinition, Fault> {
-        let mut text = xml.to_owned();
-        let mut notes = Vec::new();
-        for (target, path) in self.observer.disks_of_xml(xml)? {
+    /// What the failed revert left, once the VM has settled.
+    async fn left(&self, kept: &Kept<'_>) -> Result<Left, Fault> {
+        let domain = self.settled().await?;
+        let on = matches!(domain.state, DomainState::Running | DomainState::Paused);
+        if !on || domain.reason.is_migrating() {
+            return Ok(Left::Off);
+        }
+        if domain.id == kept.id {
+            return Ok(Left::Untouched);
+        }
+        if self
+            .observer
+            .frozen_image(self.vm(), Xml::Live)
+            .await?
+            .is_some()
+        {
+            // Half of a revert: the images of a restore point are open.
+            return Ok(Left::Off);
+        }
+        // A revert to an external snapshot always ends on other images.
+        let external = kept
+            .records
+            .iter()
+            .filter(|(name, _)| *name == self.plan.snapshot)
+            .any(|(_, record)| {
+                Hypervisor::overlays_of_record(record).is_ok_and(|found| !found.is_empty())
+            });
+        let live = self.hypervisor.domain_xml(self.vm(), Xml::Live).await?;
+        let same = self.observer.disks_of_xml(&live)? == self.observer.disks_of_xml(kept.xml)?;
+        Ok(if external && same {
+            Left::PutBack
+        } else {
+            Left::WentThrough
+        })
+    }
+
+    /// A QEMU that is only just coming up or going down settles first.
+    async fn settled(&self) -> Result<DomainSummary, Fault> {
+        let mut tries = 0;
+        loop {
+            let domain = self.hypervisor.domain(self.vm()).await?;
+            let unsettled = domain.state == DomainState::Shutdown || domain.reason.is_migrating();
+            tries += 1;
+            if !unsettled || tries > 40 {
+                return Ok(domain);
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    }
+
+    /// Defines the VM as it was before. An image that libvirt has deleted by then
+    /// held what was written since the last snapshot: an empty one takes its
+    /// place, on what the old one stood on.
+    async fn define_again(&self, kept: &Kept<'_>) -> Result<String, Fault> {
+        let mut anew = Vec::new();
+        for (target, disk) in self.observer.disks_of_xml(kept.xml)? {
+            let path = disk.path;
             if tokio::fs::metadata(&path).await.is_ok() {
                 continue;
             }
-            let data = self
-                .observer
-                .snapshot_data(self.vm(), name, &target)
-                .await?;
-            let Some(data) = data else {
+            let below = kept.backing.iter().find(|(disk, ..)| *disk == target);
+            let Some((_, below, format)) = below else {
                 return Err(Fault::new(
                     Reason::SnapshotNotWhole,
                     format!(
-                        "disk {target} of VM '{}' is defined as '{path}', which is gone, and \
-                         snapshot '{name}' holds nothing for it; the VM is left off",
+                        "disk {target} of VM '{}' is defined as '{path}', which is gone, and it is \
+                         not known what it stood on; the VM is left off",
                         self.vm()
                     ),
                 )
                 .with("path", path));
             };
-            let fresh = free_path(&data, self.vm(), &target).await;
-            self.journal
-                .note_files(&self.live.id, vec![fresh.clone()])
-                .await?;
-            let base = image::info(Path::new(&data)).await?;
-            image::create_overlay(Path::new(&fresh), Path::new(&data), &base.format).await?;
-            self.observer.same_owner(&data, &fresh)?;
-            text = text.replace(&escaped(&path), &escaped(&fresh));
-            notes.push(format!(
-                "disk {target} goes on from the snapshot in '{fresh}'"
-            ));
+            image::create_overlay(Path::new(&path), Path::new(below), format).await?;
+            self.observer.same_owner(below, &path)?;
+            anew.push(format!("disk {target} goes on from '{below}'"));
         }
-        let note = if notes.is_empty() {
-            "the definition from before the revert is back".to_owned()
-        } else {
-            self.notice(
-                "STATE_LOST",
-                format!(
-                    "libvirt had already deleted what was written since the last snapshot: {}",
-                    notes.join(", ")
+        self.hypervisor.define(kept.xml).await?;
+        if anew.is_empty() {
+            return Ok("the definition from before the revert is back".into());
+        }
+        self.notice(
+            "STATE_LOST",
+            format!(
+                "libvirt had already deleted what was written since the last snapshot: {}",
+                anew.join(", ")
+            ),
+            "",
+        );
+        Ok(anew.join("; "))
+    }
+
+    /// Gives libvirt its records of the snapshots back, and removes the overlays
+    /// that it made for nothing.
+    async fn records_again(&self, kept: &Kept<'_>) -> Result<(), Fault> {
+        let in_use: Vec<String> = self
+            .observer
+            .disks_of_xml(kept.xml)?
+            .into_iter()
+            .map(|(_, disk)| disk.path)
+            .collect();
+        let mut for_nothing = Vec::new();
+        for (name, record) in kept.records {
+            let now = self.hypervisor.snapshot_xml(self.vm(), name).await?;
+            let before = Hypervisor::overlays_of_record(record)?;
+            for overlay in Hypervisor::overlays_of_record(&now)? {
+                if !in_use.contains(&overlay) && !before.contains(&overlay) {
+                    for_nothing.push(overlay);
+                }
+            }
+            self.redefine(record, name, kept.current == Some(name))
+                .await?;
+        }
+        self.remove_unused(&for_nothing).await?;
+        Ok(())
+    }
+
+    /// Replaces libvirt's record of a snapshot.
+    async fn redefine(&self, record: &str, name: &str, current: bool) -> Result<(), Fault> {
+        // Made current anew, the current one would lose its overlays of a revert.
+        let becomes = current && self.current_snapshot().await?.as_deref() != Some(name);
+        let set = self
+            .hypervisor
+            .redefine_snapshot(self.vm(), record, becomes)
+            .await;
+        set.map_err(|error| {
+            let fault = Fault::from(error.clone());
+            Fault {
+                message: format!(
+                    "libvirt's record of snapshot '{name}' could not be set right: {}",
+                    sentence(&error)
                 ),
-                "",
-            );
-            notes.join("; ")
-        };
-        Ok(SafeDefinition { xml: text, note })
+                ..fault
+            }
+        })
+    }
+
+    /// Sets libvirt's record of the current snapshot right, after a step that may
+    /// have spoiled it.
+    pub(super) async fn mend_if_needed(&self) -> Result<(), Fault> {
+        let facts = self.observer.facts(&self.plan.request).await?;
+        // What cannot be mended is refused when it would do harm.
+        if let Ok(Some((name, overlays))) = lineage::to_mend(&facts) {
+            self.mend_record(&name, &overlays).await?;
+        }
+        Ok(())
     }
 }
 
@@ -234,43 +453,10 @@ fn since_epoch() -> Duration {
         .unwrap_or_default()
 }
 
-struct SafeDefinition {
-    xml: String,
-    note: String,
-}
-
-/// A path as libvirt writes it into XML.
-fn escaped(path: &str) -> String {
-    path.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('\'', "&apos;")
-}
-
-/// A path beside `data` that does not exist.
-async fn free_path(data: &str, vm: &str, target: &str) -> String {
-    let mut next = 1;
-    loop {
-        let path = format!(
-            "{}/{}.{}.recovered-{next}.qcow2",
-            folder_of(data),
-            file_part(vm),
-            file_part(target)
-        );
-        if tokio::fs::symlink_metadata(&path).await.is_err() {
-            return path;
-        }
-        next += 1;
-    }
-}
-
-/// Compares the memory file with what was recorded: libvirt itself notices a
-/// damaged one only after it has killed the guest.
-async fn check_memory(snapshot: &Snapshot) -> Result<(), Fault> {
-    let (Memory::External(file), Some(record)) = (&snapshot.memory, &snapshot.record) else {
-        return Ok(());
-    };
-    let (Some(size), Some(sum)) = (record.memory_size, &record.memory_sha256) else {
+/// Compares the memory file with what was recorded, or at least with what libvirt
+/// writes: it notices a damaged one only after it has killed the guest.
+async fn check_memory(snapshot: &Snapshot, whole: bool) -> Result<(), Fault> {
+    let Memory::External(file) = &snapshot.memory else {
         return Ok(());
     };
     let damaged = |what: String| {
@@ -284,14 +470,63 @@ async fn check_memory(snapshot: &Snapshot) -> Result<(), Fault> {
         .with("snapshot", &snapshot.name)
         .with("path", file)
     };
-    let (now_size, now_sum) = create::checksum(file)
-        .await
-        .map_err(|error| damaged(format!("cannot be read: {error}")))?;
-    if now_size != size {
-        return Err(damaged(format!("has {now_size} bytes and had {size}")));
+    let recorded = snapshot
+        .record
+        .as_ref()
+        .and_then(|record| Some((record.memory_size?, record.memory_sha256.as_ref()?)));
+    let path = file.clone();
+    let head = tokio::task::spawn_blocking(move || {
+        let size = std::fs::metadata(&path)?.len();
+        saved::problem(Path::new(&path)).map(|problem| (size, problem))
+    })
+    .await
+    .map_err(std::io::Error::other)
+    .and_then(|read| read);
+    match (head, recorded) {
+        (Ok((now, _)), Some((size, _))) if now != size => {
+            return Err(damaged(format!("has {now} bytes and had {size}")));
+        }
+        (Ok((_, Some(problem))), _) => return Err(damaged(problem)),
+        (Ok(_), _) => {}
+        // Not known either when it was made: libvirt may have rights that we lack.
+        (Err(error), None) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            return Ok(());
+        }
+        (Err(error), _) => return Err(damaged(format!("cannot be read: {error}"))),
     }
-    if now_sum != *sum {
-        return Err(damaged("is damaged: its checksum differs".into()));
+    if let (true, Some((_, sum))) = (whole, recorded) {
+        let (_, now) = create::checksum(file)
+            .await
+            .map_err(|error| damaged(format!("cannot be read: {error}")))?;
+        if now != *sum {
+            return Err(damaged("is damaged: its checksum differs".into()));
+        }
     }
     Ok(())
+}
+
+/// QEMU refuses flash of another size than the firmware expects.
+async fn check_nvram(snapshot: &Snapshot, copy: &str, file: &str) -> Result<(), Fault> {
+    let sizes = tokio::join!(tokio::fs::metadata(copy), tokio::fs::metadata(file));
+    let problem = match sizes {
+        (Err(error), _) => format!("cannot be read: {error}"),
+        (Ok(copy), Ok(file)) if copy.len() != file.len() => {
+            format!(
+                "has {} bytes and '{}' bytes are needed",
+                copy.len(),
+                file.len()
+            )
+        }
+        _ => return Ok(()),
+    };
+    Err(Fault::new(
+        Reason::SnapshotNotWhole,
+        format!(
+            "'{copy}', the copy of the UEFI variables of snapshot '{}', {problem}; the VM was left \
+             as it is",
+            snapshot.name
+        ),
+    )
+    .with("snapshot", &snapshot.name)
+    .with("path", copy))
 }

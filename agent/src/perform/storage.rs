@@ -8,7 +8,10 @@ use std::path::Path;
 use vmsnap_hypervisor::image;
 
 use super::{Performer, plain};
-use crate::planning::{Done, Fault, Reason};
+use crate::{
+    observe::{DiskImage, Reading},
+    planning::{Done, Fault, Reason},
+};
 
 impl Performer {
     pub(super) async fn resize(
@@ -23,9 +26,9 @@ impl Performer {
             return Ok(Done::Resized { bytes });
         }
         // Steps before may have merged: the path is looked up now.
-        let path = self
+        let DiskImage { path, format } = self
             .observer
-            .disk_path(self.vm(), disk)
+            .disk_image(self.vm(), disk)
             .await?
             .ok_or_else(|| {
                 Fault::new(
@@ -40,7 +43,13 @@ impl Performer {
                     .volume_resize(&volume.pool, &volume.name, bytes, shrink)
                     .await?;
             }
-            None => image::resize(Path::new(&path), bytes, shrink).await?,
+            None => {
+                let format = match format {
+                    Some(format) => format,
+                    None => image::info(Path::new(&path), None).await?.format,
+                };
+                image::resize(Path::new(&path), &format, bytes, shrink).await?;
+            }
         }
         Ok(Done::Resized { bytes })
     }
@@ -77,7 +86,10 @@ impl Performer {
     }
 
     async fn nobody_uses(&self, path: &str) -> Result<(), Fault> {
-        let users = self.observer.users_of_files(vec![path.to_owned()]).await?;
+        let users = self
+            .observer
+            .users_of_files(vec![path.to_owned()], Reading::Fresh)
+            .await?;
         match users.get(path).filter(|users| !users.is_empty()) {
             None => Ok(()),
             Some(users) => {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::issues::Learned;
+use super::{guard::Guard, issues::Learned};
 
 /// Everything a plan may depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct Facts {
     /// Files that this agent's journal says it made, or had libvirt make.
     #[serde(default)]
     pub ours: BTreeSet<String>,
+    /// The open guard on this VM.
+    #[serde(default)]
+    pub guard: Option<Guard>,
     /// What this host taught.
     #[serde(default)]
     pub learned: Vec<Learned>,
@@ -144,6 +147,61 @@ pub struct Vm {
     /// Disks whose definition names another image than the one in use:
     /// target, defined, in use.
     pub differing: Vec<(String, String, String)>,
+    /// What its next start takes.
+    #[serde(default)]
+    pub definition: Definition,
+}
+
+/// What of a VM's definition a revert can take back, and what a start needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    /// Bytes of memory at most.
+    pub memory: u64,
+    /// vCPUs at most.
+    pub vcpus: u32,
+    /// vCPUs that are plugged in when it starts.
+    pub vcpus_at_start: u32,
+    /// Machine type.
+    pub machine: String,
+    /// File of the UEFI variables.
+    pub nvram: Option<String>,
+    /// It has a channel for a guest agent.
+    pub agent: bool,
+    /// Disks and drives.
+    pub disks: Vec<DefinedDisk>,
+    /// Files beside disks that a start reads: what each is, and its path.
+    pub boot: Vec<(String, String)>,
+}
+
+/// A disk or drive in a definition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DefinedDisk {
+    /// Target.
+    pub target: String,
+    /// `disk`, `cdrom`, `floppy`, `lun`.
+    pub device: String,
+    /// What it lies on.
+    pub source: Source,
+    /// Path, or what names the source; `None` is an empty drive.
+    pub path: Option<String>,
+    /// Cannot be written by the guest.
+    pub readonly: bool,
+}
+
+impl DefinedDisk {
+    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    #[must_use]
+    pub fn only_read(&self) -> bool {
+        self.readonly || !matches!(&*self.device, "disk" | "lun")
+    }
+}
+
+impl Definition {
+    /// Finds a disk.
+    #[must_use]
+    pub fn disk(&self, target: &str) -> Option<&DefinedDisk> {
+        self.disks.iter().find(|disk| disk.target == target)
+    }
 }
 
 /// One vCPU.
@@ -222,6 +280,9 @@ pub struct Disk {
     pub readonly: bool,
     /// Several VMs may write it.
     pub shareable: bool,
+    /// What is written to it is thrown away when the VM stops.
+    #[serde(default)]
+    pub transient: bool,
     /// Size that the guest sees.
     pub virtual_size: u64,
     /// From the active image down to the oldest base.
@@ -239,10 +300,10 @@ impl Disk {
         !self.only_read() && self.source != Source::Empty
     }
 
-    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    /// Whether the guest only reads it: a CD, or what is marked read-only.
     #[must_use]
     pub fn only_read(&self) -> bool {
-        self.readonly || !matches!(&*self.device, "disk" | "lun")
+        self.readonly || self.device == "cdrom"
     }
 }
 
@@ -434,6 +495,8 @@ pub struct Snapshot {
     pub disks: Vec<SnapshotDisk>,
     /// Overlays that libvirt put on its data when it was reverted to.
     pub revert_overlays: Vec<(String, String)>,
+    /// libvirt made it while the VM was off.
+    pub made_off: bool,
     /// The VM's present state descends from it.
     pub current: bool,
     /// Whether it can be brought back.
@@ -442,13 +505,11 @@ pub struct Snapshot {
     pub size: u64,
     /// What this agent recorded.
     pub record: Option<SnapshotRecord>,
-    /// Machine type in it.
-    pub machine: String,
-    /// Memory of the VM in it.
-    pub vm_memory: u64,
-    /// vCPUs of the VM in it.
-    pub vm_vcpus: u32,
-    /// Drives with media and read-only disks in it: target and path.
+    /// The definition that it brings back.
+    #[serde(default)]
+    pub definition: Definition,
+    /// Drives with media and read-only disks in it, as defined or as they ran:
+    /// target and path.
     pub media: Vec<(String, String)>,
     /// Another internal snapshot in the same image whose number is this one's
     /// name: QEMU looks for a number first, and would go back to that one.
@@ -549,6 +610,26 @@ pub struct FileUser {
     pub snapshot: Option<String>,
 }
 
+impl Snapshot {
+    /// The overlay of a disk that libvirt takes for that of the present state
+    /// when this is the current snapshot: it is deleted on the next revert.
+    #[must_use]
+    pub fn present_overlay(&self, target: &str) -> Option<&str> {
+        let reverted = self.revert_overlays.iter().find(|(disk, _)| disk == target);
+        match reverted {
+            Some((_, overlay)) => Some(overlay),
+            // The record of a revert replaces the whole list.
+            None if !self.revert_overlays.is_empty() => None,
+            None => self
+                .disks
+                .iter()
+                .find(|disk| disk.target == target)?
+                .overlay
+                .as_deref(),
+        }
+    }
+}
+
 impl Facts {
     /// Finds a snapshot.
     #[must_use]
@@ -567,6 +648,16 @@ impl Facts {
         self.vm.disks.iter().filter(|disk| disk.writable())
     }
 
+    /// Disks of a VM that is off whose definition names an image that has to
+    /// stand still, because a snapshot's data lies in it: the disk and that
+    /// snapshot. Starting the VM would write into the restore point.
+    pub fn frozen_images(&self) -> impl Iterator<Item = (&Disk, &Snapshot)> {
+        let off = self.vm.state == VmState::Stopped;
+        self.writable_disks()
+            .filter(move |_| off)
+            .filter_map(|disk| Some((disk, held_by(&self.snapshots, &disk.target, &disk.path)?)))
+    }
+
     /// VMs other than this one that refer to a file.
     #[must_use]
     pub fn other_users(&self, path: &str) -> Vec<&FileUser> {
@@ -577,6 +668,19 @@ impl Facts {
             .filter(|user| user.vm != self.vm.name)
             .collect()
     }
+}
+
+/// The external snapshot whose data of a disk lies in an image, which therefore
+/// has to stand still.
+#[must_use]
+pub fn held_by<'a>(snapshots: &'a [Snapshot], target: &str, image: &str) -> Option<&'a Snapshot> {
+    snapshots.iter().find(|snapshot| {
+        snapshot.disks.iter().any(|disk| {
+            disk.target == target
+                && matches!(disk.kind, Some(Kind::External | Kind::Mixed))
+                && disk.data.as_deref() == Some(image)
+        })
+    })
 }
 
 /// The folder of a path.

@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::facts::{Disk, Health, Kind, Memory, Snapshot, file_name};
+use super::facts::{Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, file_name};
 
 /// What is known of the files around.
 #[derive(Debug, Default)]
@@ -152,7 +152,7 @@ impl<'a> Known<'a> {
     }
 
     /// What a snapshot holds of this disk in files of its own.
-    fn external(&self, snapshot: &'a Snapshot) -> Option<&'a super::facts::SnapshotDisk> {
+    fn external(&self, snapshot: &'a Snapshot) -> Option<&'a SnapshotDisk> {
         snapshot.disks.iter().find(|disk| {
             disk.target == self.target && matches!(disk.kind, Some(Kind::External | Kind::Mixed))
         })
@@ -272,17 +272,41 @@ impl<'a> Known<'a> {
 
     /// Whether an image is the overlay of a revert that no metadata names any more,
     /// because all later snapshots were merged into it: this agent's journal knows
-    /// it then, or the name that libvirt gives it.
+    /// it then, or the name that libvirt gives it. On the present one stood, if
+    /// anything, the current snapshot, or any where none is current.
     fn is_nameless(&self, above: &str, lower: &str) -> bool {
-        let holders = || {
-            self.all.iter().filter(|one| {
-                self.external(one)
-                    .is_some_and(|of| of.data.as_deref() == Some(lower))
-            })
-        };
         let present = self.disk.is_some_and(|disk| disk.path == above);
-        (present && self.files.ours.contains(above) && holders().any(|one| one.current))
-            || holders().any(|one| is_revert_overlay(above, lower, one.created.as_second()))
+        let current = self.all.iter().any(|one| one.current);
+        self.all.iter().any(|one| {
+            let Some(of) = self.external(one) else {
+                return false;
+            };
+            let named = is_revert_overlay(above, lower, one.created.as_second());
+            of.data.as_deref() == Some(lower)
+                && if present {
+                    (one.current || !current)
+                        && (named || self.files.ours.contains(above))
+                        && self.own_is_elsewhere(one, of)
+                } else {
+                    named
+                }
+        })
+    }
+
+    /// Whether the overlay that libvirt names for a snapshot is not that of the
+    /// present state: the data of a child lies in it, or it went with that child.
+    /// Else it was merged.
+    fn own_is_elsewhere(&self, snapshot: &Snapshot, of: &SnapshotDisk) -> bool {
+        let Some(own) = of.overlay.as_deref() else {
+            return false;
+        };
+        self.files.missing.contains(own)
+            || self
+                .all
+                .iter()
+                .filter(|child| child.parent.as_ref() == Some(&snapshot.name))
+                .flat_map(|child| &child.disks)
+                .any(|disk| disk.target == self.target && disk.data.as_deref() == Some(own))
     }
 
     /// Whether a snapshot or a revert put an image on some image that is known.

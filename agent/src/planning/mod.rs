@@ -9,8 +9,10 @@
 pub mod actions;
 pub mod facts;
 pub mod files;
+pub mod guard;
 pub mod health;
 pub mod issues;
+pub mod lineage;
 pub mod names;
 pub mod outcome;
 pub mod plan;

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::{
     actions,
     facts::{Consistency, Facts, VmState},
-    issues,
+    guard, issues,
     outcome::Verdict,
     reason::Fault,
     request::{Action, Request},
@@ -220,6 +220,7 @@ pub fn plan(request: &Request, facts: &Facts) -> Result<Plan, Fault> {
         Action::Cleanup(cleanup) => actions::cleanup::draft(request, cleanup, facts)?,
         Action::Confirm { name } => actions::confirm::draft(name, facts),
     };
+    guard::allows(request, facts, &draft)?;
     let known = issues::warnings(request, facts, &draft.steps);
     draft.warnings.extend(known);
     Ok(draft.finish(request, facts))

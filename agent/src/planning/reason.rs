@@ -50,7 +50,7 @@ reasons! {
     SnapshotNotRevertible = "SNAPSHOT_NOT_REVERTIBLE",
     /// The snapshot is protected.
     SnapshotProtected = "SNAPSHOT_PROTECTED",
-    /// A guarded change is pending on it.
+    /// A guarded change of the VM is pending.
     SnapshotGuarded = "SNAPSHOT_GUARDED",
     /// Other snapshots branch off below and would lose or change their data.
     SnapshotBranches = "SNAPSHOT_BRANCHES",

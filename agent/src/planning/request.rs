@@ -18,6 +18,10 @@ use super::{
 pub const MAX_DESCRIPTION: usize = 4096;
 /// How long freezing may take unless said otherwise.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The shortest time in which a guarded change has to be confirmed.
+pub const SHORTEST_GUARD: Duration = Duration::from_secs(1);
+/// The longest.
+pub const LONGEST_GUARD: Duration = Duration::from_secs(30 * 86_400);
 /// How long to wait for a guest unless said otherwise.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(300);
 /// The pool that is meant when none is named.
@@ -580,11 +584,24 @@ impl Create {
                     .into(),
             );
         }
-        if self.revert_unless_confirmed.is_some() {
-            note(
-                "create.revert_unless_confirmed",
-                "this version of the agent cannot guard a change; leave it out".into(),
-            );
+        if let Some(within) = self.revert_unless_confirmed {
+            if within < SHORTEST_GUARD || within > LONGEST_GUARD {
+                note(
+                    "create.revert_unless_confirmed",
+                    format!(
+                        "is {} ms; a time from {} s to {} days is needed",
+                        within.as_millis(),
+                        SHORTEST_GUARD.as_secs(),
+                        LONGEST_GUARD.as_secs() / 86_400
+                    ),
+                );
+            }
+            if self.accept_no_revert {
+                note(
+                    "create.revert_unless_confirmed",
+                    "cannot be combined with accept_no_revert: the agent could not revert".into(),
+                );
+            }
         }
         if self.freeze_timeout.is_zero() {
             note(

@@ -4,10 +4,13 @@
 //! interface: a field is only ever added. A step says what is meant;
 //! `perform` knows how it is done and undone.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use vmsnap_engine::Hold;
 
-use super::{facts::Consistency, outcome::GuestReport, reason::Fault, request::WaitFor};
+use super::{
+    facts::Consistency, guard::GuardState, outcome::GuestReport, reason::Fault, request::WaitFor,
+};
 
 /// Where the memory of a new snapshot goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +119,22 @@ pub enum Step {
     CreateSnapshot(Box<NewSnapshot>),
     /// Records what was made.
     RecordSnapshot(Box<ToRecord>),
+    /// Looks whether the files of a snapshot are what they were, before anything
+    /// is done to the VM.
+    CheckSnapshot {
+        /// Name.
+        name: String,
+        /// The copy of the UEFI variables that will be put back, and their file.
+        nvram: Option<(String, String)>,
+    },
+    /// Sets libvirt's record of the current snapshot right: which overlays are
+    /// those of the present state, that the next revert deletes.
+    MendRecord {
+        /// Name of the snapshot.
+        name: String,
+        /// Target and overlay of each disk.
+        overlays: Vec<(String, String)>,
+    },
     /// Keeps the VM's definition in the journal.
     KeepDefinition,
     /// Reverts to a snapshot.
@@ -137,6 +156,22 @@ pub enum Step {
         from: String,
         /// The VM's file.
         to: String,
+    },
+    /// Arms a guard: without a confirmation the agent reverts by itself.
+    ArmGuard {
+        /// The snapshot that is gone back to.
+        snapshot: String,
+        /// How long it may take to confirm, in milliseconds.
+        within_ms: u64,
+        /// Index of the step that made the snapshot.
+        created_by: usize,
+    },
+    /// Ends an open guard.
+    EndGuard {
+        /// Its snapshot.
+        snapshot: String,
+        /// How it ends.
+        state: GuardState,
     },
     /// Sets the guest's clock.
     SyncClock,
@@ -217,9 +252,17 @@ impl Step {
             Self::CopyNvram { .. } => "copy the UEFI variables".into(),
             Self::CreateSnapshot(new) => format!("create snapshot {}", new.name),
             Self::RecordSnapshot(record) => format!("record snapshot {}", record.name),
+            Self::CheckSnapshot { name, .. } => format!("check the files of snapshot {name}"),
+            Self::MendRecord { name, .. } => format!("set the record of snapshot {name} right"),
             Self::KeepDefinition => "keep the definition".into(),
             Self::Revert { name, .. } => format!("revert to snapshot {name}"),
             Self::RestoreNvram { .. } => "put the UEFI variables back".into(),
+            Self::ArmGuard { snapshot, .. } => {
+                format!("revert to {snapshot} unless the change is confirmed")
+            }
+            Self::EndGuard { snapshot, state } => {
+                format!("end the guard of {snapshot}: {}", state.name())
+            }
             Self::SyncClock => "set the guest's clock".into(),
             Self::DeleteSnapshot {
                 name,
@@ -242,6 +285,8 @@ impl Step {
             Self::CopyNvram { .. } => "delete the copy",
             Self::CreateSnapshot(_) => "remove what was made of the snapshot",
             Self::RecordSnapshot(_) => "forget the record",
+            Self::ArmGuard { .. } => "disarm the guard",
+            Self::EndGuard { .. } => "arm the guard again",
             Self::Revert { .. } => "put definition and files in agreement",
             _ => "",
         }
@@ -250,7 +295,10 @@ impl Step {
     /// Whether it changes anything that outlives the run.
     #[must_use]
     pub fn changes(&self) -> bool {
-        !matches!(self, Self::WaitFor { .. } | Self::KeepDefinition)
+        !matches!(
+            self,
+            Self::WaitFor { .. } | Self::KeepDefinition | Self::CheckSnapshot { .. }
+        )
     }
 }
 
@@ -268,9 +316,13 @@ impl vmsnap_engine::Step for Step {
             Self::CopyNvram { .. } => "copy-nvram",
             Self::CreateSnapshot(_) => "create-snapshot",
             Self::RecordSnapshot(_) => "record-snapshot",
+            Self::CheckSnapshot { .. } => "check-snapshot",
+            Self::MendRecord { .. } => "mend-record",
             Self::KeepDefinition => "keep-definition",
             Self::Revert { .. } => "revert",
             Self::RestoreNvram { .. } => "restore-nvram",
+            Self::ArmGuard { .. } => "arm-guard",
+            Self::EndGuard { .. } => "end-guard",
             Self::SyncClock => "sync-clock",
             Self::DeleteSnapshot { .. } => "delete-snapshot",
             Self::Resize { .. } => "resize",
@@ -349,10 +401,23 @@ pub enum Done {
         /// For a person.
         note: String,
     },
-    /// A definition was kept.
+    /// A definition was kept, and what it takes to make it true again.
     Definition {
         /// The inactive XML.
         xml: String,
+        /// libvirt's number of the run of the VM; `None` when it was off.
+        #[serde(default)]
+        id: Option<u32>,
+        /// What each disk's image stands on: target, backing image and its format.
+        #[serde(default)]
+        backing: Vec<(String, String, String)>,
+        /// libvirt's records of the snapshots that a revert changes: name and
+        /// XML.
+        #[serde(default)]
+        records: Vec<(String, String)>,
+        /// The snapshot that the present state descends from.
+        #[serde(default)]
+        current: Option<String>,
     },
     /// The guest is there.
     Guest {
@@ -374,6 +439,11 @@ pub enum Done {
         set: bool,
         /// For a person.
         note: String,
+    },
+    /// A guard was armed.
+    Guarded {
+        /// Until when the change has to be confirmed.
+        deadline: Timestamp,
     },
     /// A snapshot was deleted.
     Deleted {
@@ -401,6 +471,7 @@ impl Done {
             Self::Definition { .. } => String::new(),
             Self::Guest { report } => format!("ready after {} ms", report.ready_ms),
             Self::Late { fault, .. } => fault.message.clone(),
+            Self::Guarded { deadline } => format!("to be confirmed until {deadline}"),
             Self::Deleted { merged_bytes: 0 } => String::new(),
             Self::Deleted { merged_bytes } => format!("{merged_bytes} bytes merged"),
             Self::Resized { bytes } => format!("the disk has {bytes} bytes"),

@@ -9,6 +9,7 @@
 //!   run that goes on.
 //! - Interrupted runs are recovered before anybody is served.
 
+mod guards;
 mod live;
 mod watch;
 

@@ -231,12 +231,13 @@ fn the_case(id: &str) -> Case {
         ),
         "MACHINE_DIFFERS" => case(
             with(with_chain(quiet(), 1), |facts| {
-                facts.snapshots[0].machine = "pc-q35-9.2".into();
+                facts.snapshots[0].definition.machine = "pc-q35-9.2".into();
             }),
             Some(revert()),
-            vec![|facts| facts.vm.machine = "pc-q35-9.2".into(), |facts| {
-                facts.snapshots[0].machine.clear()
-            }],
+            vec![
+                |facts| facts.vm.definition.machine = "pc-q35-9.2".into(),
+                |facts| facts.snapshots[0].definition.machine.clear(),
+            ],
         ),
         "MANAGED_SAVE" => case(
             with(quiet(), |facts| facts.vm.managed_save = true),
@@ -283,11 +284,12 @@ fn the_case(id: &str) -> Case {
             }],
         ),
         "NVRAM_NOT_COVERED" => case(
-            uefi(quiet(), "raw"),
-            Some(internal()),
+            uefi(running(), "raw"),
+            None,
             vec![
                 |facts| facts.vm.firmware.nvram_format = "qcow2".into(),
                 |facts| facts.vm.firmware.nvram = None,
+                |facts| facts.vm.state = VmState::Stopped,
             ],
         ),
         "NVRAM_STAYS" => case(
@@ -583,7 +585,7 @@ fn a_demand_for_a_crash_consistent_snapshot_needs_no_word_about_the_agent() {
 #[test]
 fn only_the_snapshot_that_is_reverted_to_or_deleted_is_warned_of() {
     let mut facts = with_chain(running(), 2);
-    facts.snapshots[1].machine = "pc-q35-9.2".into();
+    facts.snapshots[1].definition.machine = "pc-q35-9.2".into();
     assert!(!has(&warned(&revert(), &facts), "MACHINE_DIFFERS"));
     let other = Action::Revert(Revert::to("s1"));
     assert!(has(&warned(&other, &facts), "MACHINE_DIFFERS"));

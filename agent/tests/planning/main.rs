@@ -1,7 +1,10 @@
 //! What holds for every plan, whatever was asked and whatever is found.
 
+mod creating;
 mod issues;
 mod retention;
+mod reverting;
+mod storage;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,9 +13,11 @@ use proptest::{collection::vec, prelude::*, sample::select};
 use vmsnap_agent::planning::{
     Facts, Plan, Reason, Request, Step,
     facts::{
-        Agent, Consistency, Disk, FileUser, Firmware, Folder, Health, Host, Image, Kind, Memory,
-        Memtune, Snapshot, SnapshotDisk, SnapshotRecord, Source, Storage, Vm, VmState, Volume,
+        Agent, Consistency, DefinedDisk, Definition, Disk, FileUser, Firmware, Folder, Health,
+        Host, Image, Kind, Memory, Memtune, Snapshot, SnapshotDisk, SnapshotRecord, Source,
+        Storage, Vm, VmState, Volume,
     },
+    guard::{Guard, GuardState},
     plan,
     request::{
         Action, Children, Cleanup, Commit, Create, IfExists, List, Orphans, Revert, StateAfter,
@@ -36,6 +41,25 @@ fn image(path: &str) -> Image {
         internal: Vec::new(),
         numbers: Vec::new(),
         compat: "1.1".into(),
+    }
+}
+
+fn definition(disk: &str) -> Definition {
+    Definition {
+        memory: 128 << 20,
+        vcpus: 1,
+        vcpus_at_start: 1,
+        machine: "pc-q35-10.0".into(),
+        nvram: None,
+        agent: false,
+        disks: vec![DefinedDisk {
+            target: "vda".into(),
+            device: "disk".into(),
+            source: Source::File,
+            path: Some(disk.into()),
+            readonly: false,
+        }],
+        boot: Vec::new(),
     }
 }
 
@@ -75,6 +99,7 @@ fn quiet() -> Facts {
                 format: "qcow2".into(),
                 readonly: false,
                 shareable: false,
+                transient: false,
                 virtual_size: 64 << 20,
                 chain: vec![image(&path("web1.qcow2"))],
                 chain_problem: None,
@@ -85,6 +110,7 @@ fn quiet() -> Facts {
             block_jobs: Vec::new(),
             not_migratable: Vec::new(),
             differing: Vec::new(),
+            definition: definition(&path("web1.qcow2")),
         },
         snapshots: Vec::new(),
         storage: Storage::default(),
@@ -102,6 +128,7 @@ fn quiet() -> Facts {
         )]),
         users: Some(BTreeMap::new()),
         ours: BTreeSet::new(),
+        guard: None,
         learned: Vec::new(),
     }
 }
@@ -133,6 +160,7 @@ fn snapshot(name: &str, parent: Option<&str>, kind: Kind, data: &str) -> Snapsho
             data: Some(data.to_owned()),
         }],
         revert_overlays: Vec::new(),
+        made_off: false,
         current: false,
         health: Health::Whole,
         size: 1 << 20,
@@ -149,9 +177,7 @@ fn snapshot(name: &str, parent: Option<&str>, kind: Kind, data: &str) -> Snapsho
             qemu: 10_000_002,
             created: 0,
         }),
-        machine: "pc-q35-10.0".into(),
-        vm_memory: 128 << 20,
-        vm_vcpus: 1,
+        definition: definition(data),
         media: Vec::new(),
         mistaken_for: None,
         guard: None,
@@ -699,6 +725,8 @@ fn an_offline_delete_under_another_branch_is_refused_because_libvirt_crashes() {
     facts
         .snapshots
         .push(snapshot("a", Some("s0"), Kind::External, &path("web1.s0")));
+    // The present state is on the overlay of a revert.
+    facts.vm.disks[0].path = path("web1.1795700000");
     let cleanup = request(Action::Cleanup(Cleanup {
         name: "s0".into(),
         ..Cleanup::default()
@@ -707,23 +735,50 @@ fn an_offline_delete_under_another_branch_is_refused_because_libvirt_crashes() {
     assert_eq!(fault.reason, Reason::SnapshotBranches);
 }
 
-#[test]
-fn uefi_variables_are_put_back_only_while_the_vm_is_off() {
-    for (memory, put_back) in [
-        (Memory::None, true),
-        (Memory::External(path("m.mem")), false),
-    ] {
-        let mut facts = with_chain(running(), 1);
-        facts.vm.firmware.uefi = true;
-        facts.vm.firmware.nvram = Some(path("web1.fd"));
-        facts.snapshots[0].memory = memory;
-        facts.snapshots[0].record.as_mut().unwrap().nvram_copy = Some(path("web1.s0.nvram"));
-        let plan = plan(&request(Action::Revert(Revert::to("s0"))), &facts).unwrap();
-        let steps = names(&plan);
-        let at = |name: &str| steps.iter().position(|step| *step == name);
-        assert_eq!(at("restore-nvram").is_some(), put_back, "{steps:?}");
-        if let Some(restored) = at("restore-nvram") {
-            assert!(at("revert") < Some(restored) && Some(restored) < at("start"));
+/// An open guard on snapshot `s0`.
+fn guarded(mut facts: Facts) -> Facts {
+    let deadline = "2026-03-01T13:00:00Z".parse().unwrap();
+    facts.guard = Some(Guard {
+        run: "run".into(),
+        vm_uuid: facts.vm.uuid.clone(),
+        vm: facts.vm.name.clone(),
+        snapshot: "s0".into(),
+        created: 0,
+        armed: facts.now,
+        deadline,
+        fingerprint: String::new(),
+        state: GuardState::Pending,
+        note: String::new(),
+    });
+    if let Some(one) = facts.snapshots.iter_mut().find(|one| one.name == "s0") {
+        one.guard = Some(deadline);
+    }
+    facts
+}
+
+proptest! {
+    #[test]
+    fn while_a_guard_is_open_nothing_changes_the_vm_but_what_ends_it(action in actions(), facts in situations(), start in any::<bool>()) {
+        let facts = guarded(facts);
+        let mut asked = request(action);
+        asked.start_if_stopped = start;
+        if let Ok(plan) = plan(&asked, &facts) && plan.changes() {
+            let ends = matches!(&asked.action, Action::Commit(commit) if commit.name == "s0")
+                || matches!(&asked.action, Action::Revert(revert) if revert.name == "s0");
+            prop_assert!(ends, "{:?}", plan.steps);
+            let ended = plan.steps.iter().any(|step| matches!(step, Step::EndGuard { .. }));
+            prop_assert!(ended, "the guard stays open after {:?}", plan.steps);
         }
     }
+}
+
+#[test]
+fn confirming_ends_the_only_guard_and_a_wrong_name_ends_nothing() {
+    let facts = guarded(with_chain(running(), 1));
+    let confirm = |name: &str| plan(&request(Action::Confirm { name: name.into() }), &facts);
+    assert_eq!(names(&confirm("").unwrap()), ["end-guard"]);
+    assert_eq!(names(&confirm("s0").unwrap()), ["end-guard"]);
+    let wrong = confirm("s1").unwrap();
+    assert!(!wrong.changes());
+    assert_eq!(wrong.warnings[0].code, "NO_GUARD_PENDING");
 }

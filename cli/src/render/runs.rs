@@ -50,6 +50,29 @@ pub fn table(runs: &[v1::Workflow], clock: &Clock) -> String {
     columns.text()
 }
 
+/// Open guards, a line each with what ends it; nothing where there are none.
+pub fn guards(guards: &[v1::Guard], clock: &Clock) -> String {
+    let mut text = String::new();
+    for guard in guards {
+        let (vm, snapshot) = (clean(&guard.vm_name), clean(&guard.snapshot_name));
+        let deadline = clock.time(guard.deadline.as_ref());
+        let _ = match guard.state() {
+            v1::GuardState::Held => writeln!(
+                text,
+                "! {vm}: the change that {snapshot} guards was not confirmed until {deadline} and \
+                 is held: {}; vmsnap confirm {vm} {snapshot}, or vmsnap revert {vm} {snapshot}",
+                clean(&guard.note)
+            ),
+            _ => writeln!(
+                text,
+                "! {vm}: goes back to {snapshot} at {deadline} unless confirmed: \
+                 vmsnap confirm {vm} {snapshot}"
+            ),
+        };
+    }
+    text
+}
+
 /// Everything that is known of a run but its events.
 pub fn details(run: &v1::Workflow, clock: &Clock, style: Style) -> String {
     let spec = run.spec.clone().unwrap_or_default();

@@ -159,6 +159,13 @@ impl WorkflowService for Scripted {
         Err(Status::unimplemented(""))
     }
 
+    async fn list_guards(
+        &self,
+        _: Request<v1::ListGuardsRequest>,
+    ) -> Result<Response<v1::ListGuardsResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn get_workflow(
         &self,
         _: Request<v1::GetWorkflowRequest>,

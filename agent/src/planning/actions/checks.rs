@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::planning::{
-    facts::{Facts, Health, Snapshot, VmState},
+    facts::{Facts, Health, Snapshot, VmState, folder_of},
     files, names,
     plan::Draft,
     reason::{Fault, Reason},
@@ -19,20 +19,81 @@ pub fn changeable(facts: &Facts) -> Result<(), Fault> {
     no_block_job(facts)?;
     no_managed_save(facts)?;
     settled(facts)?;
-    match facts.vm.differing.first() {
-        Some((target, defined, used)) => Err(Fault::new(
+    not_half_loaded(facts)?;
+    definition_agrees(facts)
+}
+
+/// Refuses while the definition names another image than the one in which the
+/// VM's present data lies: it would be lost from sight, or a restore point would
+/// be written into.
+///
+/// # Errors
+/// [`Reason::DefinitionDiffers`].
+pub fn definition_agrees(facts: &Facts) -> Result<(), Fault> {
+    let vm = &facts.vm.name;
+    if let Some((target, defined, used)) = facts.vm.differing.first() {
+        return Err(Fault::new(
             Reason::DefinitionDiffers,
             format!(
-                "disk {target} of VM '{}' is defined as '{defined}' but runs on '{used}': its next \
-                 start would go back to older data; define it with the image in use first",
-                facts.vm.name
+                "disk {target} of VM '{vm}' is defined as '{defined}' but runs on '{used}': its \
+                 next start would go back to older data; define it with the image in use first"
             ),
         )
         .with("disk", target)
         .with("defined", defined)
-        .with("in_use", used)),
-        None => Ok(()),
+        .with("in_use", used));
     }
+    let Some((disk, snapshot)) = facts.frozen_images().next() else {
+        return Ok(());
+    };
+    let newest = facts
+        .current()
+        .and_then(|current| current.present_overlay(&disk.target));
+    let advice = match newest {
+        Some(newest) => format!("define it with '{newest}', its newest overlay, again"),
+        None => "define it with its newest overlay again".to_owned(),
+    };
+    let fault = Fault::new(
+        Reason::DefinitionDiffers,
+        format!(
+            "disk {} of VM '{vm}', which is off, is defined as '{}', in which the data of snapshot \
+             '{name}' lies: a start would write into that restore point and leave out what was \
+             written since; {advice}, or, if its overlays were merged on purpose, take the \
+             snapshot off libvirt's list with 'virsh snapshot-delete {vm} {name} --metadata'",
+            disk.target,
+            disk.path,
+            name = snapshot.name,
+        ),
+    )
+    .with("disk", &disk.target)
+    .with("defined", &disk.path)
+    .with("snapshot", &snapshot.name);
+    Err(match newest {
+        Some(newest) => fault.with("newest", newest),
+        None => fault,
+    })
+}
+
+/// Refuses while memory of the VM is being loaded, or was and that was given up:
+/// it stands on the images of a restore point then, and libvirt 11.3 was seen to
+/// crash when it is told to revert.
+///
+/// # Errors
+/// [`Reason::DomainState`].
+pub fn not_half_loaded(facts: &Facts) -> Result<(), Fault> {
+    if facts.vm.state == VmState::Paused && facts.vm.reason == "migrating" {
+        return Err(Fault::new(
+            Reason::DomainState,
+            format!(
+                "VM '{0}' is paused ({1}): its memory is being loaded or carried away, or an \
+                 attempt at that was given up, and then it must not be resumed; when nothing goes \
+                 on any more, switch it off with 'virsh destroy {0}'",
+                facts.vm.name, facts.vm.reason
+            ),
+        )
+        .with("state", facts.vm.state.name()));
+    }
+    Ok(())
 }
 
 /// Refuses while a block job is open.
@@ -243,6 +304,8 @@ pub fn start_first(request: &Request, facts: &Facts, draft: &mut Draft) -> Resul
     if facts.vm.state != VmState::Stopped || !request.start_if_stopped {
         return Ok(facts.vm.state);
     }
+    no_managed_save(facts)?;
+    definition_agrees(facts)?;
     draft.push(Step::Start { paused: false });
     draft.decide(
         "start",
@@ -253,14 +316,25 @@ pub fn start_first(request: &Request, facts: &Facts, draft: &mut Draft) -> Resul
     Ok(VmState::Running)
 }
 
-/// Drafts the wait at the end.
-pub fn wait_for(what: WaitFor, timeout: Duration, draft: &mut Draft) {
-    if what != WaitFor::None {
-        draft.push(Step::WaitFor {
-            what,
-            timeout_ms: millis(timeout),
-            required: false,
-        });
+/// Drafts the wait at the end for a VM that ends in `state`.
+pub fn wait_for(what: WaitFor, timeout: Duration, state: VmState, draft: &mut Draft) {
+    match (what, state) {
+        (WaitFor::None, _) => {}
+        (_, VmState::Running) => {
+            draft.push(Step::WaitFor {
+                what,
+                timeout_ms: millis(timeout),
+                required: false,
+            });
+        }
+        _ => draft.warn(
+            "NOT_WAITED",
+            format!(
+                "the VM ends {}, so there is no guest to wait for",
+                state.name()
+            ),
+            "let the VM run",
+        ),
     }
 }
 
@@ -274,17 +348,41 @@ pub fn millis(duration: Duration) -> u64 {
 /// reads, as a revert does.
 #[must_use]
 pub fn no_overlay_on(facts: &Facts, path: &str) -> Option<&'static str> {
-    let folder = facts.folders.get(crate::planning::facts::folder_of(path));
-    match folder {
+    no_new_file_in(facts, folder_of(path)).or_else(|| {
+        if files::exists(facts, path) != Some(true) {
+            Some("it is not there")
+        } else if names::overlay_stem(path).contains(',') {
+            Some("its path has a comma, which libvirt writes twice there")
+        } else {
+            None
+        }
+    })
+}
+
+/// Why libvirt could make no file in a folder.
+#[must_use]
+pub fn no_new_file_in(facts: &Facts, folder: &str) -> Option<&'static str> {
+    match facts.folders.get(folder) {
         None => Some("its folder cannot be read"),
-        Some(_) if files::exists(facts, path) != Some(true) => Some("it is not there"),
         Some(folder) if !folder.writable => Some("its folder is read-only"),
         Some(folder) if folder.denied => Some("no file may be made in its folder"),
-        Some(_) if names::overlay_stem(path).contains(',') => {
-            Some("its path has a comma, which libvirt writes twice there")
-        }
         Some(_) => None,
     }
+}
+
+/// Two of several disks, by target and path, on which a revert would put
+/// overlays of the same name: libvirt replaces everything after the last dot.
+#[must_use]
+pub fn same_overlay<'a>(
+    disks: impl Iterator<Item = (&'a str, &'a str)>,
+) -> Option<[(&'a str, &'a str); 2]> {
+    let disks: Vec<(&str, &str)> = disks.collect();
+    disks.iter().enumerate().find_map(|(at, one)| {
+        let stem = names::overlay_stem(one.1);
+        let mut after = disks[at + 1..].iter();
+        let other = after.find(|other| names::overlay_stem(other.1) == stem)?;
+        Some([*one, *other])
+    })
 }
 
 /// Refuses to write or delete files that other VMs refer to.
@@ -319,7 +417,7 @@ pub fn not_shared<'a>(
         if !facts.host.storage_exclusive
             && facts
                 .folders
-                .get(crate::planning::facts::folder_of(path))
+                .get(folder_of(path))
                 .is_some_and(|folder| folder.network)
         {
             return Err(Fault::new(

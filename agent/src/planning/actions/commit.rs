@@ -7,6 +7,7 @@
 use crate::planning::{
     actions::{checks, delete, resize},
     facts::{Facts, Kind, Snapshot},
+    guard::{self, GuardState},
     plan::Draft,
     reason::{Fault, Reason},
     request::{Commit, Request},
@@ -29,6 +30,13 @@ pub fn draft(request: &Request, commit: &Commit, facts: &Facts) -> Result<Draft,
     let state = checks::start_first(request, facts, &mut draft)?;
     let mut seen = facts.clone();
     seen.vm.state = state;
+    // To commit the snapshot of a guarded change is to confirm the change.
+    if let Some(step) = guard::end(facts, &commit.name, GuardState::Confirmed) {
+        draft.push(step);
+        for snapshot in &mut seen.snapshots {
+            snapshot.guard = None;
+        }
+    }
     let facts = &seen;
     if merges {
         merge(commit, facts, &mut draft)?;

@@ -76,7 +76,24 @@ pub fn draft(request: &Request, create: &Create, facts: &Facts) -> Result<Draft,
     let state = checks::start_first(request, facts, &mut draft)?;
     let started = state != facts.vm.state;
     snapshot(&create, state, started, false, facts, &mut draft)?;
-    checks::wait_for(create.wait_for, create.wait_timeout, &mut draft);
+    if let Some(within) = create.revert_unless_confirmed {
+        let created_by = draft
+            .steps
+            .iter()
+            .rposition(|step| matches!(step, Step::CreateSnapshot(_)))
+            .unwrap_or_default();
+        draft.push(Step::ArmGuard {
+            snapshot: create.name.clone(),
+            within_ms: checks::millis(within),
+            created_by,
+        });
+        draft.change(
+            format!("guard.{}", create.name),
+            None,
+            Some(format!("{} to confirm", checks::for_people(within))),
+        );
+    }
+    checks::wait_for(create.wait_for, create.wait_timeout, state, &mut draft);
     Ok(draft)
 }
 
@@ -156,6 +173,22 @@ fn existing(create: &Create, facts: &Facts, mut draft: Draft) -> Result<Draft, F
     }
     if create.protected && !record.is_some_and(|record| record.protected) {
         return conflict("it is not protected and protected is asked for".into());
+    }
+    if create.revert_unless_confirmed.is_some()
+        && facts
+            .guard
+            .as_ref()
+            .is_none_or(|guard| guard.snapshot != found.name)
+    {
+        draft.warn(
+            "GUARD_NOT_ARMED",
+            format!(
+                "snapshot '{}' exists already, so nothing is guarded: what happened since it was \
+                 made is not known",
+                found.name
+            ),
+            "choose another name, or if_exists replace",
+        );
     }
     draft.warn(
         "SNAPSHOT_EXISTS",
@@ -683,6 +716,25 @@ fn with_memory(
 fn media_covered(create: &Create, facts: &Facts) -> Result<(), Fault> {
     if create.accept_no_revert {
         return Ok(());
+    }
+    let held = facts
+        .vm
+        .disks
+        .iter()
+        .filter(|disk| disk.source == Source::File)
+        .map(|disk| (disk.target.as_str(), disk.path.as_str()));
+    if let Some([one, other]) = checks::same_overlay(held) {
+        return Err(Fault::new(
+            Reason::DiskUnsupported,
+            format!(
+                "disks {} ('{}') and {} ('{}') of VM '{}' lie in files whose names differ only in \
+                 their endings, so that libvirt's revert would call both new overlays the same, \
+                 and fail with the VM off; rename one of them or take it out, or use kind internal",
+                one.0, one.1, other.0, other.1, facts.vm.name
+            ),
+        )
+        .with("disk", other.0)
+        .with("source", other.1));
     }
     for disk in facts
         .vm

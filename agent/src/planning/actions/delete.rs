@@ -238,6 +238,9 @@ fn forget(facts: &mut Facts, name: &str) {
 
 /// Checks and drafts the deletion of one snapshot.
 fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<Step, Fault> {
+    // Merged into the wrong image, or thrown away with the overlay that is not
+    // named any more, data would be lost.
+    checks::definition_agrees(facts)?;
     let snapshot = checks::find(facts, name)?;
     if let Some(deadline) = snapshot.guard {
         return Err(Fault::new(

@@ -132,11 +132,15 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
             } else {
                 ""
             };
+            let elsewhere = match disk.source {
+                Source::Volume => "name its file in the VM's definition instead of its volume",
+                _ => "move it into a file",
+            };
             return Err(Fault::new(
                 Reason::DiskUnsupported,
                 format!(
                     "disk {} of VM '{}' lies on {}, and libvirt cannot revert an external snapshot \
-                     of that; {inside}move it into a file, or exclude it with accept_no_revert",
+                     of that; {inside}{elsewhere}, or exclude it with accept_no_revert",
                     disk.target,
                     facts.vm.name,
                     source_name(disk.source, &disk.path)
@@ -144,6 +148,18 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
             )
             .with("disk", &disk.target)
             .with("source", &disk.path));
+        }
+        if disk.transient {
+            return Err(Fault::new(
+                Reason::DiskUnsupported,
+                format!(
+                    "disk {} of VM '{}' is transient: what is written to it is thrown away when \
+                     the VM stops, and libvirt cannot merge it; take <transient/> out of its \
+                     definition, or exclude it with accept_no_revert",
+                    disk.target, facts.vm.name
+                ),
+            )
+            .with("disk", &disk.target));
         }
         if disk.shareable {
             return Err(Fault::new(

@@ -2,17 +2,16 @@
 
 use crate::planning::{
     actions::checks,
-    facts::{Facts, VmState},
+    facts::Facts,
     plan::Draft,
     reason::Fault,
     request::{List, Request},
-    step::Step,
 };
 
 /// Drafts the plan: no step, unless the VM is to be started.
 ///
 /// # Errors
-/// When a snapshot is named that is not there.
+/// When a snapshot is named that is not there, or the VM must not be started.
 pub fn draft(request: &Request, list: &List, facts: &Facts) -> Result<Draft, Fault> {
     let mut draft = Draft {
         snapshot: list.name.clone(),
@@ -21,10 +20,6 @@ pub fn draft(request: &Request, list: &List, facts: &Facts) -> Result<Draft, Fau
     if !list.name.is_empty() {
         checks::find(facts, &list.name)?;
     }
-    if request.start_if_stopped && facts.vm.state == VmState::Stopped {
-        checks::no_managed_save(facts)?;
-        draft.push(Step::Start { paused: false });
-        draft.change("state", Some("stopped".into()), Some("running".into()));
-    }
+    checks::start_first(request, facts, &mut draft)?;
     Ok(draft)
 }

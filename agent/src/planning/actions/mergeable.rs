@@ -241,9 +241,11 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
         .with("snapshot", &snapshot.name)
         .with("order", internal));
     }
-    // Deleting a snapshot of a VM that is off while another branch stands on its
-    // files crashes libvirt 11.3.
-    if facts.vm.state == VmState::Stopped {
+    // Deleting a snapshot while another branch stands on its files crashes libvirt
+    // 11.3 where that snapshot and its child were both made while the VM was off;
+    // of a VM that is off nothing is risked.
+    let off_twice = snapshot.made_off && children.iter().any(|child| child.made_off);
+    if off_twice || facts.vm.state == VmState::Stopped {
         let path = tree::active_path(facts);
         let side: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
             .into_iter()
@@ -251,11 +253,16 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
             .filter(|below| !path.iter().any(|on| on.name == *below))
             .collect();
         if !side.is_empty() {
+            let (because, or) = if off_twice {
+                ("it and its child were made while the VM was off", "")
+            } else {
+                ("the VM is off", "start the VM first, or ")
+            };
             return Err(Fault::new(
                 Reason::SnapshotBranches,
                 format!(
-                    "VM '{}' is off and other branches stand on snapshot '{}'; libvirt crashes on \
-                     that: start the VM first, or delete {} first{}",
+                    "other branches of VM '{}' stand on snapshot '{}', and {because}; libvirt \
+                     crashes on that: {or}delete {} first{}",
                     facts.vm.name,
                     snapshot.name,
                     side.join(", "),
@@ -455,10 +462,15 @@ pub fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
             continue;
         };
         let lower = &vm.chain[at];
-        let room = lower
-            .virtual_size
-            .max(above.virtual_size)
-            .saturating_sub(lower.actual_size);
+        // What its internal snapshots hold is never written over.
+        let room = if lower.internal.is_empty() {
+            lower
+                .virtual_size
+                .max(above.virtual_size)
+                .saturating_sub(lower.actual_size)
+        } else {
+            u64::MAX
+        };
         let newest = snapshot.current && tree::children(facts, &snapshot.name).is_empty();
         let merged = &vm.chain[if newest { 0 } else { at - 1 }..at];
         let bytes = merged

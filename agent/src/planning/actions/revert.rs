@@ -5,11 +5,13 @@
 
 use crate::planning::{
     actions::{checks, create},
-    facts::{Facts, Kind, Memory, Snapshot, VmState},
-    names,
+    facts::{DefinedDisk, Facts, Kind, Memory, Snapshot, Source, VmState, folder_of},
+    files::{Files, OVERLAY_BYTES, exists},
+    guard::{self, GuardState},
+    lineage, names,
     plan::Draft,
     reason::{Fault, Reason},
-    request::{Create, Request, Revert, StateAfter, WaitFor},
+    request::{Create, Request, Revert, StateAfter},
     step::Step,
     tree,
 };
@@ -24,12 +26,37 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         ..Draft::default()
     };
     let snapshot = checks::find(facts, &revert.name)?;
+    // First, because it explains why a snapshot may seem to be merged away.
+    checks::definition_agrees(facts)?;
     checks::whole(snapshot)?;
     checks::young_enough(facts, snapshot, revert.max_age)?;
-    revertible(snapshot, revert.safety_snapshot, facts)?;
+    revertible(snapshot, facts)?;
     checks::no_block_job(facts)?;
     checks::not_shared(facts, written(snapshot, facts))?;
     costs(snapshot, revert.force, facts, &mut draft)?;
+    checks::not_half_loaded(facts)?;
+    let saved = snapshot.memory != Memory::None;
+    if !facts.vm.persistent && !saved {
+        return Err(Fault::new(
+            Reason::DomainState,
+            format!(
+                "VM '{}' has no definition that stays, and snapshot '{}' holds no memory: it \
+                 would be gone when it is switched off for the revert; define it first",
+                facts.vm.name, snapshot.name
+            ),
+        )
+        .with("state", facts.vm.state.name()));
+    }
+    let after = state_after(request, revert, snapshot, facts, &mut draft);
+    startable(snapshot, saved || after != VmState::Stopped, facts)?;
+    let uefi = uefi(snapshot, after, facts, &mut draft)?;
+
+    if matches!(snapshot.memory, Memory::External(_)) || uefi.is_some() {
+        draft.push(Step::CheckSnapshot {
+            name: snapshot.name.clone(),
+            nvram: uefi.clone(),
+        });
+    }
     if facts.vm.managed_save {
         if !revert.force {
             return Err(Fault::new(
@@ -50,41 +77,45 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     }
     if revert.safety_snapshot {
         safety(facts, &mut draft)?;
+    } else if snapshot.kind != Kind::Internal
+        && let Some((current, overlays)) = lineage::to_mend(facts)?
+    {
+        draft.decide(
+            "record",
+            "mended",
+            "libvirt does not know the overlay of the present state, and would delete another",
+        );
+        draft.push(Step::MendRecord {
+            name: current,
+            overlays,
+        });
     }
-    let after = state_after(request, revert, snapshot, facts, &mut draft);
     compare_definition(snapshot, facts, &mut draft);
 
-    let saved = snapshot.memory != Memory::None;
+    // A guest that has to end off is loaded, but need not run. Only where its UEFI
+    // variables come from the loaded flash it does: QEMU writes them when it runs.
+    let from_flash = snapshot.definition.nvram.is_some() && uefi.is_none();
+    let stays_still = after == VmState::Paused || (after == VmState::Stopped && !from_flash);
     let definition = draft.push(Step::KeepDefinition);
     draft.push(Step::Revert {
         name: snapshot.name.clone(),
         // Without memory, starting is a step of its own: libvirt deletes the old
         // overlay before it tries to start.
         running: saved && after == VmState::Running && snapshot.state != VmState::Running,
-        paused: saved && after == VmState::Paused && snapshot.state != VmState::Paused,
+        paused: saved && stays_still && snapshot.state != VmState::Paused,
         force: revert.force,
         definition,
     });
-    let copy = snapshot
-        .record
-        .as_ref()
-        .and_then(|record| record.nvram_copy.clone());
-    match (copy, &facts.vm.firmware.nvram) {
-        (Some(_), Some(_)) if saved => draft.decide(
-            "uefi variables",
-            "from memory",
-            "QEMU writes the saved flash back into their file when it loads the memory",
-        ),
-        (Some(from), Some(to)) => {
-            let to = to.clone();
-            draft.push(Step::RestoreNvram { from, to });
-        }
-        _ => {}
+    if let Some(step) = guard::end(facts, &snapshot.name, GuardState::Reverted) {
+        draft.push(step);
+    }
+    if saved && after == VmState::Stopped {
+        draft.push(Step::Stop);
+    }
+    if let Some((from, to)) = uefi {
+        draft.push(Step::RestoreNvram { from, to });
     }
     match (saved, after) {
-        (true, VmState::Stopped) => {
-            draft.push(Step::Stop);
-        }
         (false, VmState::Running) => {
             draft.push(Step::Start { paused: false });
         }
@@ -93,20 +124,9 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         }
         _ => {}
     }
-    if after == VmState::Running {
-        checks::wait_for(revert.wait_for, revert.wait_timeout, &mut draft);
-        if saved && revert.sync_clock && facts.vm.agent.defined {
-            draft.push(Step::SyncClock);
-        }
-    } else if revert.wait_for != WaitFor::None {
-        draft.warn(
-            "NOT_WAITED",
-            format!(
-                "the VM ends {}, so there is no guest to wait for",
-                after.name()
-            ),
-            "set state_after to running",
-        );
+    checks::wait_for(revert.wait_for, revert.wait_timeout, after, &mut draft);
+    if saved && revert.sync_clock {
+        clock(snapshot, after, facts, &mut draft);
     }
     draft.change(
         "state",
@@ -267,6 +287,23 @@ pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
     if snapshot.kind == Kind::Internal {
         return Ok(());
     }
+    let held = snapshot
+        .disks
+        .iter()
+        .filter_map(|disk| Some((disk.target.as_str(), disk.data.as_deref()?)));
+    if let Some([one, other]) = checks::same_overlay(held) {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "in snapshot '{}' disks {} and {} lie in files whose names differ only in their \
+                 endings ('{}', '{}'): libvirt's revert would call both new overlays the same, and \
+                 fail with the VM off",
+                snapshot.name, one.0, other.0, one.1, other.1
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("disk", other.0));
+    }
     let comma = snapshot.disks.iter().find_map(|disk| {
         let data = disk.data.as_deref()?;
         names::overlay_stem(data)
@@ -289,9 +326,12 @@ pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
     Ok(())
 }
 
-fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Result<(), Fault> {
+fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
     ever(snapshot)?;
-    if snapshot.kind != Kind::Internal && !facts.host.reverts_external() {
+    if snapshot.kind == Kind::Internal {
+        return Ok(());
+    }
+    if !facts.host.reverts_external() {
         return Err(Fault::new(
             Reason::KindUnsupported,
             format!(
@@ -301,57 +341,244 @@ fn revertible(snapshot: &Snapshot, safety_snapshot: bool, facts: &Facts) -> Resu
             ),
         ));
     }
-    // Without a current snapshot libvirt 11.3 crashes in the middle of the revert.
-    if snapshot.kind != Kind::Internal && facts.current().is_none() && !safety_snapshot {
-        return Err(Fault::new(
-            Reason::CurrentUnknown,
+    for disk in &snapshot.definition.disks {
+        overlay_can_be_put_on(disk, snapshot, facts)?;
+    }
+    let mut files = Files::new(facts);
+    for disk in &snapshot.definition.disks {
+        if let (Some(path), Source::File) = (&disk.path, disk.source) {
+            files.need(folder_of(path), OVERLAY_BYTES);
+        }
+    }
+    files.check_space()
+}
+
+/// libvirt puts a fresh overlay on every disk and every medium, also on what the
+/// snapshot left out, and only after it has killed the guest.
+fn overlay_can_be_put_on(
+    disk: &DefinedDisk,
+    snapshot: &Snapshot,
+    facts: &Facts,
+) -> Result<(), Fault> {
+    let Some(path) = &disk.path else {
+        return Ok(());
+    };
+    if disk.only_read() {
+        return snapshot
+            .media
+            .iter()
+            .filter(|(target, _)| *target == disk.target)
+            .try_for_each(|(_, medium)| {
+                medium_fits(&disk.target, medium, disk.source, snapshot, facts)
+            });
+    }
+    let refused = |why: String| {
+        Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!("snapshot '{}' {why}", snapshot.name),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("disk", &disk.target))
+    };
+    let covered = snapshot
+        .disks
+        .iter()
+        .any(|of| of.target == disk.target && of.kind.is_some());
+    if !covered {
+        return refused(format!(
+            "does not cover disk {}, which a revert would throw back further than anybody asked",
+            disk.target
+        ));
+    }
+    if disk.source != Source::File {
+        return refused(format!(
+            "keeps disk {} on '{path}', which is no file: libvirt cannot put an overlay on that",
+            disk.target
+        ));
+    }
+    match checks::no_new_file_in(facts, folder_of(path)) {
+        Some(problem) => Err(Fault::new(
+            Reason::StorageNotWritable,
             format!(
-                "libvirt does not know which snapshot the present state of VM '{}' stands on, and \
-                 crashes when it reverts to an external one then; set safety_snapshot, which \
-                 keeps the present state as a snapshot and makes that the current one",
-                facts.vm.name
+                "a revert to snapshot '{}' makes an overlay in '{}' for disk {}, but {problem}",
+                snapshot.name,
+                folder_of(path),
+                disk.target
             ),
         )
-        .with("snapshot", &snapshot.name));
+        .with("path", folder_of(path))),
+        None => Ok(()),
     }
-    // libvirt puts a fresh overlay on every disk, also on one that the snapshot
-    // left out: that one would fall back to a state that nobody asked for.
-    if snapshot.kind != Kind::Internal {
-        for disk in facts.writable_disks() {
-            let covered = snapshot
-                .disks
-                .iter()
-                .any(|of| of.target == disk.target && of.kind.is_some());
-            let known = snapshot.disks.iter().any(|of| of.target == disk.target);
-            if known && !covered {
-                return Err(Fault::new(
-                    Reason::SnapshotNotRevertible,
-                    format!(
-                        "snapshot '{}' does not cover disk {}, which a revert would throw back \
-                         further than anybody asked",
-                        snapshot.name, disk.target
-                    ),
-                )
-                .with("snapshot", &snapshot.name)
-                .with("disk", &disk.target));
-            }
-        }
-        for (target, path) in &snapshot.media {
-            if let Some(problem) = checks::no_overlay_on(facts, path) {
-                return Err(Fault::new(
-                    Reason::MediaNotCovered,
-                    format!(
-                        "{target} holds '{path}' in snapshot '{}'; the revert must put an overlay \
-                         on it, but {problem}",
-                        snapshot.name
-                    ),
-                )
-                .with("disk", target)
-                .with("medium", path));
-            }
-        }
+}
+
+fn medium_fits(
+    target: &str,
+    medium: &str,
+    source: Source,
+    snapshot: &Snapshot,
+    facts: &Facts,
+) -> Result<(), Fault> {
+    let problem = if source == Source::File {
+        checks::no_overlay_on(facts, medium)
+    } else {
+        Some("it is not a file")
+    };
+    match problem {
+        Some(problem) => Err(Fault::new(
+            Reason::MediaNotCovered,
+            format!(
+                "{target} holds '{medium}' in snapshot '{}'; the revert must put an overlay on it, \
+                 but {problem}",
+                snapshot.name
+            ),
+        )
+        .with("disk", target)
+        .with("medium", medium)),
+        None => Ok(()),
+    }
+}
+
+/// Checks the files beside the snapshot's own that QEMU opens when it starts:
+/// it is started only after the old one was killed.
+fn startable(snapshot: &Snapshot, starts: bool, facts: &Facts) -> Result<(), Fault> {
+    if !starts {
+        return Ok(());
+    }
+    let gone = |path: &str| path.starts_with('/') && exists(facts, path) == Some(false);
+    let definition = &snapshot.definition;
+    if let Some((what, path)) = definition.boot.iter().find(|(_, path)| gone(path)) {
+        return Err(Fault::new(
+            Reason::SnapshotNotWhole,
+            format!(
+                "snapshot '{}' starts the VM with the {what} '{path}', which is not there",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("health", "data missing")
+        .with("path", path));
+    }
+    if let Some((target, medium)) = snapshot.media.iter().find(|(_, medium)| gone(medium)) {
+        return Err(Fault::new(
+            Reason::MediaNotCovered,
+            format!(
+                "{target} holds '{medium}' in snapshot '{}', but it is not there",
+                snapshot.name
+            ),
+        )
+        .with("disk", target)
+        .with("medium", medium));
+    }
+    // Those that the snapshot covers are part of its health.
+    let covered = |target: &str| {
+        snapshot
+            .disks
+            .iter()
+            .any(|disk| disk.target == target && disk.kind.is_some())
+    };
+    let disk = definition
+        .disks
+        .iter()
+        .filter(|disk| !covered(&disk.target))
+        .find_map(|disk| Some((&disk.target, disk.path.as_ref().filter(|path| gone(path))?)));
+    if let Some((target, path)) = disk {
+        return Err(Fault::new(
+            Reason::SnapshotNotWhole,
+            format!(
+                "disk {target} is on '{path}' in snapshot '{}', but that is not there",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("health", "data missing")
+        .with("path", path));
     }
     Ok(())
+}
+
+/// How the UEFI variables come back: the copy that a step of its own puts into
+/// their file, and that file.
+fn uefi(
+    snapshot: &Snapshot,
+    after: VmState,
+    facts: &Facts,
+    draft: &mut Draft,
+) -> Result<Option<(String, String)>, Fault> {
+    let Some(to) = snapshot
+        .definition
+        .nvram
+        .as_ref()
+        .or(facts.vm.firmware.nvram.as_ref())
+    else {
+        return Ok(None);
+    };
+    if snapshot.kind == Kind::Internal && facts.vm.firmware.nvram_format == "qcow2" {
+        draft.decide(
+            "uefi variables",
+            "from the image",
+            "they are part of the snapshot",
+        );
+        return Ok(None);
+    }
+    if snapshot.memory != Memory::None && after != VmState::Stopped {
+        draft.decide(
+            "uefi variables",
+            "from memory",
+            "QEMU writes the saved flash back into their file when the guest goes on",
+        );
+        return Ok(None);
+    }
+    let copy = snapshot
+        .record
+        .as_ref()
+        .and_then(|record| record.nvram_copy.as_ref());
+    let Some(from) = copy else {
+        return Ok(None);
+    };
+    if exists(facts, from) == Some(false) {
+        return Err(Fault::new(
+            Reason::SnapshotNotWhole,
+            format!(
+                "'{from}', the copy of the UEFI variables of snapshot '{}', is missing",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("health", "data missing")
+        .with("path", from));
+    }
+    if let Some(problem) = checks::no_new_file_in(facts, folder_of(to)) {
+        return Err(Fault::new(
+            Reason::StorageNotWritable,
+            format!("the UEFI variables cannot be put back into '{to}': {problem}"),
+        )
+        .with("path", to));
+    }
+    draft.decide(
+        "uefi variables",
+        "from the copy",
+        "QEMU does not bring them back itself",
+    );
+    Ok(Some((from.clone(), to.clone())))
+}
+
+/// The guest goes on with the clock that it had.
+fn clock(snapshot: &Snapshot, after: VmState, facts: &Facts, draft: &mut Draft) {
+    match after {
+        VmState::Running if snapshot.definition.agent => {
+            draft.push(Step::SyncClock);
+        }
+        VmState::Paused if snapshot.definition.agent => draft.warn(
+            "CLOCK_BEHIND",
+            format!(
+                "the guest ends paused, so its clock cannot be set: it will be behind by {}, the \
+                 age of the snapshot, and by the pause",
+                checks::for_people(checks::age(facts, snapshot))
+            ),
+            "set the clock in the guest when it runs again",
+        ),
+        _ => {}
+    }
 }
 
 fn safety(facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
@@ -361,7 +588,10 @@ fn safety(facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
         description: "taken before a revert".into(),
         ..Create::default()
     };
-    checks::changeable(facts)?;
+    // An earlier step drops the managed save, if there is one.
+    let mut without = facts.clone();
+    without.vm.managed_save = false;
+    checks::changeable(&without)?;
     create::snapshot(&create, facts.vm.state, false, true, facts, draft)?;
     draft.safety_snapshot = Some(name);
     Ok(())
@@ -400,43 +630,102 @@ fn state_after(
 
 /// What of the VM's definition the revert takes back.
 fn compare_definition(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
-    if snapshot.vm_memory > 0 {
+    let (then, now) = (&snapshot.definition, &facts.vm.definition);
+    // A record without a definition cannot be compared.
+    if then.memory == 0 {
+        return;
+    }
+    for (field, now, then) in [
+        ("memory", now.memory, then.memory),
+        ("vcpus", now.vcpus.into(), then.vcpus.into()),
+        (
+            "vcpus_at_start",
+            now.vcpus_at_start.into(),
+            then.vcpus_at_start.into(),
+        ),
+    ] {
         draft.change(
-            "definition.memory",
-            Some(facts.vm.max_memory.to_string()),
-            Some(snapshot.vm_memory.to_string()),
+            format!("definition.{field}"),
+            Some(now.to_string()),
+            Some(then.to_string()),
         );
     }
-    if snapshot.vm_vcpus > 0 {
-        draft.change(
-            "definition.vcpus",
-            Some(facts.vm.vcpu_count.to_string()),
-            Some(snapshot.vm_vcpus.to_string()),
-        );
-    }
-    if !snapshot.machine.is_empty() && snapshot.machine != facts.vm.machine {
+    if then.machine != now.machine {
         draft.change(
             "definition.machine",
-            Some(facts.vm.machine.clone()),
-            Some(snapshot.machine.clone()),
+            Some(now.machine.clone()),
+            Some(then.machine.clone()),
         );
     }
-    for disk in facts.writable_disks() {
-        if !snapshot.disks.iter().any(|of| of.target == disk.target) {
-            draft.change(
-                format!("definition.disk.{}", disk.target),
-                Some(disk.path.clone()),
-                None,
-            );
-            draft.warn(
-                "DISK_TAKEN_BACK",
-                format!(
-                    "disk {} was added after the snapshot; the revert takes it out of the VM, its \
-                     file '{}' stays",
-                    disk.target, disk.path
-                ),
-                "",
-            );
+    compare_disks(snapshot, facts, draft);
+}
+
+fn compare_disks(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
+    let (then, now) = (&snapshot.definition, &facts.vm.definition);
+    let mut targets: Vec<&str> = now
+        .disks
+        .iter()
+        .map(|disk| disk.target.as_str())
+        // Added to the running VM only.
+        .chain(facts.vm.disks.iter().map(|disk| disk.target.as_str()))
+        .chain(then.disks.iter().map(|disk| disk.target.as_str()))
+        .collect();
+    targets.sort_unstable();
+    targets.dedup();
+    for target in targets {
+        let in_use = facts.vm.disks.iter().find(|disk| disk.target == target);
+        let path_now = match (now.disk(target), in_use) {
+            (Some(disk), _) => Some(disk.path.clone().unwrap_or_default()),
+            (None, Some(disk)) => Some(disk.path.clone()),
+            (None, None) => None,
+        };
+        let path_then = then
+            .disk(target)
+            .map(|disk| disk.path.clone().unwrap_or_default());
+        let field = format!("definition.disk.{target}");
+        match (&path_now, &path_then) {
+            (Some(now), None) => {
+                draft.warn(
+                    "DISK_TAKEN_BACK",
+                    format!(
+                        "disk {target} was added after the snapshot; the revert takes it out of \
+                         the VM, its file '{now}' stays"
+                    ),
+                    "",
+                );
+                draft.change(field, path_now.clone(), None);
+            }
+            (None, Some(then)) => {
+                draft.warn(
+                    "DISK_PUT_BACK",
+                    format!(
+                        "disk {target} was taken out of the VM after the snapshot; the revert puts \
+                         it in again, with '{then}'"
+                    ),
+                    "",
+                );
+                draft.change(field, None, path_then.clone());
+            }
+            // A disk that the snapshot covers is on another overlay in any case.
+            (Some(now), Some(then)) => {
+                let covered = snapshot
+                    .disks
+                    .iter()
+                    .any(|disk| disk.target == target && disk.kind.is_some());
+                if !covered && !stands_on(now, then, target, facts) {
+                    draft.change(field, path_now.clone(), path_then.clone());
+                }
+            }
+            (None, None) => {}
         }
     }
+}
+
+/// Whether an image is another one, or an overlay that a revert put on it.
+fn stands_on(image: &str, other: &str, target: &str, facts: &Facts) -> bool {
+    let disk = facts.vm.disks.iter().find(|disk| disk.target == target);
+    image == other
+        || disk.is_some_and(|disk| {
+            disk.path == image && disk.chain.iter().any(|below| below.path == other)
+        })
 }

@@ -219,6 +219,20 @@ fn host(facts: &Facts) -> Properties {
     ])
 }
 
+/// Disks whose definition names older data than the VM has.
+fn redefined(facts: &Facts) -> String {
+    let differing = facts.vm.differing.iter().map(|(target, defined, used)| {
+        format!("{target} is defined as '{defined}' and runs on '{used}'")
+    });
+    let frozen = facts.frozen_images().map(|(disk, snapshot)| {
+        format!(
+            "{} is defined as '{}', where the data of snapshot {} lies",
+            disk.target, disk.path, snapshot.name
+        )
+    });
+    differing.chain(frozen).collect::<Vec<_>>().join(", ")
+}
+
 fn vm(facts: &Facts) -> Properties {
     let vm = &facts.vm;
     let agent = vm.agent;
@@ -234,9 +248,10 @@ fn vm(facts: &Facts) -> Properties {
         .iter()
         .any(|snapshot| !path.iter().any(|on| on.name == snapshot.name));
     let stop = vm.memory.saturating_mul(INTERNAL_STOP_MS_PER_GIB) / GIB / 1000;
+    let redefined = redefined(facts);
     Properties::from([
         ("name", text(&vm.name)),
-        ("machine", text(&vm.machine)),
+        ("machine", text(&vm.definition.machine)),
         ("state", text(vm.state.name())),
         ("reason", text(&vm.reason)),
         ("transient", Value::Flag(!vm.persistent)),
@@ -247,19 +262,8 @@ fn vm(facts: &Facts) -> Properties {
         ("agent_state", text(detail)),
         ("frozen", Value::Flag(vm.frozen == Some(true))),
         ("block_job", Value::Flag(!vm.block_jobs.is_empty())),
-        ("redefined", Value::Flag(!vm.differing.is_empty())),
-        (
-            "redefined_disks",
-            text(
-                vm.differing
-                    .iter()
-                    .map(|(target, defined, used)| {
-                        format!("{target} is defined as '{defined}' and runs on '{used}'")
-                    })
-                    .collect::<Vec<_>>()
-                    .join(", "),
-            ),
-        ),
+        ("redefined", Value::Flag(!redefined.is_empty())),
+        ("redefined_disks", text(&redefined)),
         ("memory_savable", Value::Flag(vm.not_migratable.is_empty())),
         ("devices", text(vm.not_migratable.join(", "))),
         ("memory_gib", Value::Number(vm.memory / GIB)),
@@ -446,8 +450,9 @@ fn snapshot(snapshot: &Snapshot, facts: &Facts, plan: Option<&Deeds<'_>>) -> Pro
         "qcow2" if snapshot.kind == Kind::Internal => true,
         _ => has_memory || record.is_some_and(|record| record.nvram_copy.is_some()),
     };
-    let machine_differs = !snapshot.machine.is_empty() && snapshot.machine != facts.vm.machine;
-    let plain = names::check_new_snapshot_name(&snapshot.name).is_ok();
+    let machine = &snapshot.definition.machine;
+    let machine_differs = !machine.is_empty() && *machine != facts.vm.definition.machine;
+    let plain = names::is_job_id(&snapshot.name);
     Properties::from([
         ("name", text(&snapshot.name)),
         ("kind", text(snapshot.kind.name())),
@@ -458,7 +463,7 @@ fn snapshot(snapshot: &Snapshot, facts: &Facts, plan: Option<&Deeds<'_>>) -> Pro
             "qemu_differs",
             Value::Flag(has_memory && qemu != facts.host.qemu),
         ),
-        ("machine", text(&snapshot.machine)),
+        ("machine", text(machine)),
         ("machine_differs", Value::Flag(machine_differs)),
         ("memory_checked", Value::Flag(checked)),
         ("nvram_kept", Value::Flag(nvram_kept)),
