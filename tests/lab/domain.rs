@@ -222,6 +222,17 @@ impl Domain {
             .to_owned())
     }
 
+    /// Id of the QEMU process of a domain that is on.
+    ///
+    /// # Errors
+    /// When it is off.
+    pub fn pid(&self) -> Result<u32> {
+        let file = format!("run/libvirt/qemu/run/{}.pid", self.name);
+        let text = fs::read_to_string(self.lab.folder.join(file))
+            .with_context(|| format!("{} has no QEMU", self.name))?;
+        Ok(text.trim().parse()?)
+    }
+
     /// The file in which a snapshot's data of a disk lies.
     ///
     /// # Errors

@@ -108,6 +108,41 @@ impl Hypervisor {
         .await
     }
 
+    /// Begins to merge a disk's active image into `base`, an image below it, at
+    /// `bandwidth` bytes per second at most. The job then keeps both alike until
+    /// somebody ends it: [`Self::block_job_abort`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::BlockJobActive`] when there is a job already; when `base` is
+    /// not in the chain or cannot be written.
+    pub async fn block_commit(
+        &self,
+        name: &str,
+        disk: &str,
+        base: &str,
+        bandwidth: u64,
+    ) -> Result<(), Error> {
+        let (disk, base) = (disk.to_owned(), base.to_owned());
+        self.effect("merge a disk of", name, move |domain| {
+            let (disk, base) = (c_string(&disk)?, c_string(&base)?);
+            let bandwidth = std::ffi::c_ulong::try_from(bandwidth).unwrap_or(0);
+            // SAFETY: the handle is alive, the strings end with NUL, and no top
+            // means the active image.
+            check(unsafe {
+                sys::virDomainBlockCommit(
+                    domain.as_ptr(),
+                    disk.as_ptr(),
+                    base.as_ptr(),
+                    std::ptr::null(),
+                    bandwidth,
+                    sys::VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+                        | sys::VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES,
+                )
+            })
+        })
+        .await
+    }
+
     /// Ends a block job: by a pivot to what it made, or by giving it up.
     ///
     /// # Errors

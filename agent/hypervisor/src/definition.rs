@@ -64,6 +64,19 @@ pub struct DiskDefinition {
     pub snapshot: Option<String>,
     /// The chain below the active image, as far as the XML tells.
     pub backing: Vec<BackingImage>,
+    /// What an open block job writes besides the active image.
+    pub mirror: Option<Mirror>,
+}
+
+/// The other side of an open copy or merge of an active image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mirror {
+    /// What is written.
+    pub path: String,
+    /// A merge down the chain, rather than a copy to another place.
+    pub merge: bool,
+    /// Both sides are alike: a pivot is possible.
+    pub ready: bool,
 }
 
 /// Where the UEFI variables are.
@@ -400,6 +413,14 @@ fn disk(disk: Node<'_, '_>) -> Option<DiskDefinition> {
         transient: child(disk, "transient").is_some(),
         snapshot: disk.attribute("snapshot").map(str::to_owned),
         backing,
+        mirror: child(disk, "mirror").and_then(|mirror| {
+            let kind = source_kind(mirror.attribute("type"));
+            Some(Mirror {
+                path: source_path(kind, child(mirror, "source")?)?,
+                merge: mirror.attribute("job") == Some("active-commit"),
+                ready: mirror.attribute("ready") == Some("yes"),
+            })
+        }),
     })
 }
 

@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// How long a reading call may take.
-const READ: Duration = Duration::from_secs(20);
+pub(crate) const READ: Duration = Duration::from_secs(20);
 /// How long a changing call may take: growing is quick, shrinking is not.
 const CHANGE: Duration = Duration::from_secs(600);
 /// Readings at a time; one on a file system that hangs keeps its place, and
@@ -154,7 +154,7 @@ fn classify(words: &str) -> ErrorKind {
     }
 }
 
-async fn run(
+pub(crate) async fn run(
     operation: &'static str,
     path: &Path,
     deadline: Duration,
@@ -193,7 +193,10 @@ fn text(path: &Path) -> std::borrow::Cow<'_, str> {
     path.to_string_lossy()
 }
 
-fn understand<T: serde::de::DeserializeOwned>(path: &Path, json: &[u8]) -> Result<T, Error> {
+pub(crate) fn understand<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    json: &[u8],
+) -> Result<T, Error> {
     serde_json::from_slice(json).map_err(|error| {
         Error::new(
             "understand the description of",

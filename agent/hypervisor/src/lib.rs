@@ -23,6 +23,7 @@ mod guest;
 pub mod image;
 mod lanes;
 mod options;
+pub mod overlap;
 mod qcow2;
 pub mod saved;
 mod snapshot;
@@ -34,7 +35,7 @@ pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};
 pub use counters::{Counters, counters};
 pub use definition::{
-    BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Nvram,
+    BackingImage, ChannelDefinition, DiskDefinition, DiskSource, DomainDefinition, Mirror, Nvram,
     SharedMemory,
 };
 pub use domain::{DomainJob, DomainState, DomainSummary, MemTune, StateReason, VcpuInfo, Xml};

@@ -1,5 +1,6 @@
-//! The journal: runs, their records, what was recorded of snapshots, files that
-//! this agent made, and learned fixes. SQLite, on a thread of its own.
+//! The journal: runs, their records, what was recorded of snapshots, merges
+//! that are not finished, files that this agent made, and learned fixes. SQLite, on
+//! a thread of its own.
 //!
 //! Invariants
 //! - [`Journal::append`] returns only when the record is on disk (WAL with
@@ -12,6 +13,7 @@ mod schema;
 mod store;
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread,
@@ -133,6 +135,26 @@ pub struct Stamped {
     pub time: Timestamp,
     /// The record.
     pub record: Record,
+}
+
+/// A merge that was begun and not seen to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BegunMerge {
+    /// The snapshot that is being deleted.
+    pub snapshot: String,
+    /// libvirt's creation time of it, in seconds.
+    pub created: i64,
+    /// Target of the disk.
+    pub disk: String,
+}
+
+/// A file that this agent made or was about to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotedFile {
+    /// Path.
+    pub path: String,
+    /// Name of the VM that it was made for; empty when that is not known.
+    pub vm: String,
 }
 
 /// Why the journal cannot be used.
@@ -341,6 +363,67 @@ impl Journal {
         self.call(move |db| store::snapshot_records(db, &vm)).await
     }
 
+    /// Notes that deleting a snapshot is about to merge into the files that hold
+    /// its data of some disks. `created` is libvirt's creation time of it, in
+    /// seconds, which tells it from a later one of the same name.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn note_merge(
+        &self,
+        vm_uuid: &str,
+        snapshot: &str,
+        created: i64,
+        disks: Vec<String>,
+    ) -> Result<(), JournalError> {
+        let (vm, snapshot) = (vm_uuid.to_owned(), snapshot.to_owned());
+        self.call(move |db| store::note_merge(db, &vm, &snapshot, created, &disks))
+            .await
+    }
+
+    /// Forgets the merges of a snapshot: they never began.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn forget_merge(&self, vm_uuid: &str, snapshot: &str) -> Result<(), JournalError> {
+        let (vm, snapshot) = (vm_uuid.to_owned(), snapshot.to_owned());
+        self.call(move |db| store::forget_merge(db, &vm, &snapshot))
+            .await
+    }
+
+    /// Notes that the merges of a snapshot are finished, and when they last wrote
+    /// into which images, in nanoseconds since the epoch.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn finish_merge(
+        &self,
+        vm_uuid: &str,
+        snapshot: &str,
+        written: Vec<(String, i64)>,
+    ) -> Result<(), JournalError> {
+        let (vm, snapshot) = (vm_uuid.to_owned(), snapshot.to_owned());
+        self.call(move |db| store::finish_merge(db, &vm, &snapshot, &written))
+            .await
+    }
+
+    /// When merges last wrote into images, in nanoseconds since the epoch.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn finished_merges(&self) -> Result<BTreeMap<String, i64>, JournalError> {
+        self.call(store::finished_merges).await
+    }
+
+    /// Merges of a VM that were begun and not seen to end.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn begun_merges(&self, vm_uuid: &str) -> Result<Vec<BegunMerge>, JournalError> {
+        let vm = vm_uuid.to_owned();
+        self.call(move |db| store::begun_merges(db, &vm)).await
+    }
+
     /// Keeps a guard as it is now.
     ///
     /// # Errors
@@ -396,7 +479,7 @@ impl Journal {
     ///
     /// # Errors
     /// When the journal cannot be read.
-    pub async fn noted_files(&self) -> Result<Vec<String>, JournalError> {
+    pub async fn noted_files(&self) -> Result<Vec<NotedFile>, JournalError> {
         self.call(store::noted_files).await
     }
 

@@ -71,6 +71,21 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX guards_open ON guards (vm_uuid) WHERE open = 1;
 ",
+    "
+    CREATE TABLE merges (
+        vm_uuid TEXT NOT NULL,
+        snapshot TEXT NOT NULL,
+        created INTEGER NOT NULL,
+        disk TEXT NOT NULL,
+        PRIMARY KEY (vm_uuid, snapshot, disk)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE merged (
+        path TEXT PRIMARY KEY,
+        written INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    ALTER TABLE files ADD COLUMN vm TEXT NOT NULL DEFAULT '';
+    UPDATE files SET vm = coalesce((SELECT vm FROM runs WHERE id = files.run), '');
+",
 ];
 
 /// Opens a database and brings it to the newest schema.

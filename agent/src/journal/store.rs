@@ -1,13 +1,13 @@
 //! The journal's statements.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Serialize, de::DeserializeOwned};
 use vmsnap_engine::Closing;
 
-use super::{JournalError, Learned, RunRow, RunStatus, Stamped, schema};
+use super::{BegunMerge, JournalError, Learned, NotedFile, RunRow, RunStatus, Stamped, schema};
 use crate::{
     flow::Record,
     planning::{facts::SnapshotRecord, guard::Guard},
@@ -334,6 +334,74 @@ pub fn snapshot_records(db: &mut Connection, vm: &str) -> Result<Vec<(String, Sn
     .collect()
 }
 
+pub fn note_merge(
+    db: &mut Connection,
+    vm: &str,
+    snapshot: &str,
+    created: i64,
+    disks: &[String],
+) -> Result<()> {
+    let transaction = db.transaction()?;
+    for disk in disks {
+        transaction.execute(
+            "INSERT INTO merges (vm_uuid, snapshot, created, disk) VALUES (?1, ?2, ?3, ?4) \
+             ON CONFLICT (vm_uuid, snapshot, disk) DO UPDATE SET created = excluded.created",
+            params![vm, snapshot, created, disk],
+        )?;
+    }
+    transaction.commit()?;
+    Ok(())
+}
+
+pub fn forget_merge(db: &mut Connection, vm: &str, snapshot: &str) -> Result<()> {
+    db.execute(
+        "DELETE FROM merges WHERE vm_uuid = ?1 AND snapshot = ?2",
+        [vm, snapshot],
+    )?;
+    Ok(())
+}
+
+pub fn finish_merge(
+    db: &mut Connection,
+    vm: &str,
+    snapshot: &str,
+    written: &[(String, i64)],
+) -> Result<()> {
+    let transaction = db.transaction()?;
+    for (path, time) in written {
+        transaction.execute(
+            "INSERT INTO merged (path, written) VALUES (?1, ?2) \
+             ON CONFLICT (path) DO UPDATE SET written = excluded.written",
+            params![path, time],
+        )?;
+    }
+    transaction.execute(
+        "DELETE FROM merges WHERE vm_uuid = ?1 AND snapshot = ?2",
+        [vm, snapshot],
+    )?;
+    transaction.commit()?;
+    Ok(())
+}
+
+pub fn finished_merges(db: &mut Connection) -> Result<BTreeMap<String, i64>> {
+    let mut statement = db.prepare("SELECT path, written FROM merged")?;
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+pub fn begun_merges(db: &mut Connection, vm: &str) -> Result<Vec<BegunMerge>> {
+    let mut statement =
+        db.prepare("SELECT snapshot, created, disk FROM merges WHERE vm_uuid = ?1")?;
+    let rows = statement.query_map([vm], |row| {
+        Ok(BegunMerge {
+            snapshot: row.get(0)?,
+            created: row.get(1)?,
+            disk: row.get(2)?,
+        })
+    })?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
 pub fn put_guard(db: &mut Connection, guard: &Guard) -> Result<()> {
     db.execute(
         "INSERT INTO guards (run, vm_uuid, deadline, open, body) VALUES (?1, ?2, ?3, ?4, ?5) \
@@ -372,8 +440,10 @@ pub fn note_files(db: &mut Connection, run: &str, paths: &[String]) -> Result<()
     let transaction = db.transaction()?;
     for path in paths {
         transaction.execute(
-            "INSERT INTO files (path, run, made) VALUES (?1, ?2, ?3) \
-             ON CONFLICT (path) DO UPDATE SET run = excluded.run, made = excluded.made",
+            "INSERT INTO files (path, run, made, vm) \
+             VALUES (?1, ?2, ?3, coalesce((SELECT vm FROM runs WHERE id = ?2), '')) \
+             ON CONFLICT (path) DO UPDATE \
+             SET run = excluded.run, made = excluded.made, vm = excluded.vm",
             params![path, run, now],
         )?;
     }
@@ -381,9 +451,14 @@ pub fn note_files(db: &mut Connection, run: &str, paths: &[String]) -> Result<()
     Ok(())
 }
 
-pub fn noted_files(db: &mut Connection) -> Result<Vec<String>> {
-    let mut statement = db.prepare("SELECT path FROM files ORDER BY path")?;
-    let rows = statement.query_map([], |row| row.get(0))?;
+pub fn noted_files(db: &mut Connection) -> Result<Vec<NotedFile>> {
+    let mut statement = db.prepare("SELECT path, vm FROM files ORDER BY path")?;
+    let rows = statement.query_map([], |row| {
+        Ok(NotedFile {
+            path: row.get(0)?,
+            vm: row.get(1)?,
+        })
+    })?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
 
@@ -391,6 +466,7 @@ pub fn forget_files(db: &mut Connection, paths: &[String]) -> Result<()> {
     let transaction = db.transaction()?;
     for path in paths {
         transaction.execute("DELETE FROM files WHERE path = ?1", [path])?;
+        transaction.execute("DELETE FROM merged WHERE path = ?1", [path])?;
     }
     transaction.commit()?;
     Ok(())

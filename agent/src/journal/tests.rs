@@ -148,3 +148,63 @@ fn only_its_owner_may_read_the_journal() {
     }
     std::fs::remove_dir_all(&folder).unwrap();
 }
+
+#[tokio::test]
+async fn a_noted_file_tells_whose_it_is_also_when_its_run_is_forgotten() {
+    let folder = folder();
+    let journal = Journal::open(&folder.join("journal.db")).unwrap();
+    journal.begin(row("1")).await.unwrap();
+    let (known, unknown) = ("/a.qcow2".to_owned(), "/b.qcow2".to_owned());
+    journal.note_files("1", vec![known.clone()]).await.unwrap();
+    journal
+        .note_files("never-begun", vec![unknown.clone()])
+        .await
+        .unwrap();
+    journal.append("1", closed()).await.unwrap();
+    let later = Timestamp::now() + jiff::SignedDuration::from_hours(1);
+    assert_eq!(journal.prune(later, 0).await.unwrap(), 1);
+    let noted = journal.noted_files().await.unwrap();
+    let vms: Vec<(&str, &str)> = noted
+        .iter()
+        .map(|file| (file.path.as_str(), file.vm.as_str()))
+        .collect();
+    assert_eq!(vms, [("/a.qcow2", "web1"), ("/b.qcow2", "")]);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_begun_merge_is_known_until_it_is_forgotten() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    let disks = vec!["vda".to_owned(), "vdb".to_owned()];
+    journal.note_merge("u", "s", 7, disks).await.unwrap();
+    drop(journal);
+    let journal = Journal::open(&path).unwrap();
+    let begun = journal.begun_merges("u").await.unwrap();
+    assert_eq!(begun.len(), 2);
+    assert_eq!(
+        (
+            begun[0].snapshot.as_str(),
+            begun[0].created,
+            begun[0].disk.as_str()
+        ),
+        ("s", 7, "vda")
+    );
+    assert!(journal.begun_merges("other").await.unwrap().is_empty());
+    journal.forget_merge("u", "s").await.unwrap();
+    assert!(journal.begun_merges("u").await.unwrap().is_empty());
+    journal
+        .note_merge("u", "s", 7, vec!["vda".to_owned()])
+        .await
+        .unwrap();
+    let written = vec![("/base.qcow2".to_owned(), 42)];
+    journal
+        .finish_merge("u", "s", written.clone())
+        .await
+        .unwrap();
+    assert!(journal.begun_merges("u").await.unwrap().is_empty());
+    let finished = journal.finished_merges().await.unwrap();
+    assert_eq!(finished.into_iter().collect::<Vec<_>>(), written);
+    std::fs::remove_dir_all(folder).unwrap();
+}

@@ -4,10 +4,14 @@
 //! says why, and is never guessed.
 
 mod folders;
+mod half_merged;
 mod identity;
+mod orphans;
 mod snapshots;
 mod users;
 mod vm;
+
+pub(crate) use half_merged::nanoseconds;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,8 +28,7 @@ use crate::{
     planning::{
         Fault, Reason, Request,
         facts::{
-            Facts, Folder, Host, Memory, Orphan, Pool, Snapshot, Storage, Vm, VmState, Volume,
-            folder_of,
+            Facts, Folder, Host, Memory, Pool, Snapshot, Storage, Vm, VmState, Volume, folder_of,
         },
         names,
         request::{Action, IfExists, Orphans},
@@ -39,6 +42,7 @@ pub struct Observer {
     journal: Journal,
     max_chain: u32,
     storage_exclusive: bool,
+    compared: half_merged::Compared,
     /// libvirt runs as the agent's own user, or the agent as root: what the agent
     /// may not do, libvirt may not either.
     same_rights: bool,
@@ -155,6 +159,7 @@ impl Observer {
             journal,
             max_chain: config.limits.max_chain,
             storage_exclusive: config.storage.exclusive,
+            compared: half_merged::Compared::default(),
             same_rights: config.libvirt.uri.contains("/session")
                 || rustix::process::geteuid().is_root(),
         }
@@ -251,6 +256,7 @@ impl Observer {
                 volume.used_by = names.into_iter().collect();
             }
         }
+        let ours = self.ours(&vm.name).await?;
         let mut facts = Facts {
             now,
             host,
@@ -259,16 +265,32 @@ impl Observer {
             storage,
             folders,
             users,
-            ours: self.journal.noted_files().await?.into_iter().collect(),
+            ours,
             guard,
             learned: self.journal.learned().await?,
         };
         if let Action::Cleanup(cleanup) = &request.action
             && cleanup.orphans != Orphans::Ignore
         {
-            facts.storage.orphans = Some(self.orphans(&facts).await?);
+            facts.storage.orphans = Some(self.orphans(&facts).await);
         }
         Ok(facts)
+    }
+
+    /// Files that the journal says were made for a VM, or for one that it does not
+    /// know any more.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub(super) async fn ours(&self, vm: &str) -> Result<BTreeSet<String>, Fault> {
+        Ok(self
+            .journal
+            .noted_files()
+            .await?
+            .into_iter()
+            .filter(|file| file.vm.is_empty() || file.vm == vm)
+            .map(|file| file.path)
+            .collect())
     }
 
     /// What tells whether somebody changed a VM's definition or its snapshots.
@@ -472,51 +494,6 @@ impl Observer {
         read.await.unwrap_or_default()
     }
 
-    /// Files beside the VM's own that nobody refers to: those that the journal
-    /// says this agent made, and images that stand on one of the VM's.
-    async fn orphans(&self, facts: &Facts) -> Result<Vec<Orphan>, Fault> {
-        let Some(users) = &facts.users else {
-            return Ok(Vec::new());
-        };
-        let own: BTreeSet<&str> = facts
-            .vm
-            .disks
-            .iter()
-            .flat_map(|disk| disk.chain.iter().map(|image| image.path.as_str()))
-            .collect();
-        let mut orphans = Vec::new();
-        for (path, folder) in &facts.folders {
-            for name in &folder.names {
-                let file = format!("{path}/{name}");
-                if users.contains_key(&file) {
-                    continue;
-                }
-                let ours = facts.ours.contains(&file);
-                let Ok(metadata) = tokio::fs::symlink_metadata(&file).await else {
-                    continue;
-                };
-                if !metadata.is_file() {
-                    continue;
-                }
-                let stands_on_ours = || async {
-                    vmsnap_hypervisor::image::info(std::path::Path::new(&file), None)
-                        .await
-                        .ok()
-                        .and_then(|image| image.backing_path)
-                        .is_some_and(|backing| own.contains(backing.as_str()))
-                };
-                if ours || stands_on_ours().await {
-                    orphans.push(Orphan {
-                        size: metadata.blocks() * 512,
-                        path: file,
-                        ours,
-                    });
-                }
-            }
-        }
-        Ok(orphans)
-    }
-
     /// The VM's active images: paths, and formats as the VM opens them.
     ///
     /// # Errors
@@ -629,7 +606,10 @@ fn needs_users(action: &Action) -> Option<Reading> {
         // A list tells who uses each volume, and decides nothing.
         Action::List(_) => return Some(Reading::Known),
         Action::Create(create) => create.if_exists == IfExists::Replace,
-        Action::Revert(_) | Action::Confirm { .. } => false,
+        // It writes into the image of an internal snapshot, and libvirt removes
+        // the present overlay for an external one.
+        Action::Revert(_) => true,
+        Action::Confirm { .. } => false,
     };
     needed.then_some(Reading::Fresh)
 }

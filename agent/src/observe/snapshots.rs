@@ -1,9 +1,6 @@
 //! A VM's snapshots as facts: libvirt's list, held against files and journal.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    sync::Arc,
-};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use jiff::Timestamp;
 use vmsnap_hypervisor::{
@@ -11,12 +8,16 @@ use vmsnap_hypervisor::{
 };
 
 use super::{Observer, Reading, each, vm};
-use crate::planning::{
-    Fault, Reason,
-    facts::{
-        Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState, held_by,
+use crate::{
+    journal::BegunMerge,
+    planning::{
+        Fault, Reason,
+        facts::{
+            Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, SnapshotRecord, Vm, VmState,
+            held_by,
+        },
+        health,
     },
-    health,
 };
 
 impl Observer {
@@ -52,11 +53,10 @@ impl Observer {
         &self,
         vms: &[(String, String)],
     ) -> Result<Vec<(String, Vec<Snapshot>)>, Fault> {
-        let ours: Arc<[String]> = self.journal.noted_files().await?.into();
         each(vms.to_vec(), |(name, uuid)| {
-            let (observer, ours) = (self.clone(), ours.clone());
+            let observer = self.clone();
             async move {
-                let snapshots = match observer.list_snapshots_of(&name, &uuid, &ours).await {
+                let snapshots = match observer.list_snapshots_of(&name, &uuid).await {
                     Err(fault) if fault.reason == Reason::VmNotFound => Vec::new(),
                     other => other?,
                 };
@@ -66,12 +66,7 @@ impl Observer {
         .await
     }
 
-    async fn list_snapshots_of(
-        &self,
-        name: &str,
-        uuid: &str,
-        ours: &[String],
-    ) -> Result<Vec<Snapshot>, Fault> {
+    async fn list_snapshots_of(&self, name: &str, uuid: &str) -> Result<Vec<Snapshot>, Fault> {
         let listed = self.listed(name, Reading::Known).await?;
         if listed.is_empty() {
             return Ok(Vec::new());
@@ -81,7 +76,7 @@ impl Observer {
         for disk in &definition.disks {
             disks.push(vm::disk(disk).await);
         }
-        self.as_facts(uuid, &disks, &listed, ours).await
+        self.as_facts(name, uuid, &disks, &listed).await
     }
 
     /// libvirt's list of a VM's snapshots.
@@ -102,16 +97,15 @@ impl Observer {
     /// When libvirt or the journal does not answer.
     pub async fn snapshots(&self, vm: &Vm) -> Result<Vec<Snapshot>, Fault> {
         let listed = self.listed(&vm.name, Reading::Fresh).await?;
-        let ours = self.journal.noted_files().await?;
-        self.as_facts(&vm.uuid, &vm.disks, &listed, &ours).await
+        self.as_facts(&vm.name, &vm.uuid, &vm.disks, &listed).await
     }
 
     async fn as_facts(
         &self,
+        name: &str,
         uuid: &str,
         active: &[Disk],
         listed: &[SnapshotInfo],
-        ours: &[String],
     ) -> Result<Vec<Snapshot>, Fault> {
         if listed.is_empty() {
             return Ok(Vec::new());
@@ -122,6 +116,20 @@ impl Observer {
             .await?
             .into_iter()
             .collect();
+        let ours = self.ours(name).await?;
+        // Those of a snapshot that is gone, or of an earlier one of the same name,
+        // say nothing any more.
+        let begun: Vec<BegunMerge> = self
+            .journal
+            .begun_merges(uuid)
+            .await?
+            .into_iter()
+            .filter(|merge| {
+                listed
+                    .iter()
+                    .any(|info| info.name == merge.snapshot && info.creation_time == merge.created)
+            })
+            .collect();
         let guard = self.journal.open_guard(uuid).await?;
         let files = look(active, listed, &records).await;
         let mut all: Vec<Snapshot> = listed
@@ -129,6 +137,8 @@ impl Observer {
             .map(|info| fact(info, records.get(&info.name)))
             .collect();
         sort(&mut all);
+        let finished = self.journal.finished_merges().await?;
+        let half = self.compared.find(&all, active, &finished).await;
         let known = health::Files {
             images: files
                 .images
@@ -147,6 +157,14 @@ impl Observer {
                 .collect(),
             missing: files.missing.iter().map(String::as_str).collect(),
             ours: ours.iter().map(String::as_str).collect(),
+            half: half
+                .iter()
+                .map(|(image, from)| (image.as_str(), from.as_slice()))
+                .collect(),
+            begun: begun
+                .iter()
+                .map(|merge| (merge.snapshot.as_str(), merge.disk.as_str()))
+                .collect(),
             deleting: listed
                 .iter()
                 .flat_map(|info| {
@@ -277,7 +295,7 @@ async fn look(
         .flat_map(|(info, definition)| {
             info.disks
                 .iter()
-                .filter(|disk| disk.mode == SnapshotMode::External)
+                .filter(|disk| disk.mode != SnapshotMode::No)
                 .filter_map(|disk| {
                     definition
                         .disks

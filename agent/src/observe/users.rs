@@ -100,6 +100,9 @@ impl Referring<'_> {
             for image in &disk.backing {
                 self.file(&image.path);
             }
+            if let Some(mirror) = &disk.mirror {
+                self.chain(&mirror.path, None).await;
+            }
         }
         let nvram = definition.nvram.as_ref();
         for path in [

@@ -170,6 +170,11 @@ pub(super) async fn disk(disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
         path,
         chain,
         chain_problem,
+        merging_into: disk
+            .mirror
+            .as_ref()
+            .filter(|mirror| mirror.merge)
+            .map(|mirror| mirror.path.clone()),
     }
 }
 

@@ -1,129 +1,173 @@
 //! Deleting snapshots, which merges overlays, with progress in bytes.
 //!
 //! Invariants: libvirt merges and pivots itself, so that chain and metadata never
-//! disagree; a snapshot that is not listed any more counts as deleted; a paused helper that libvirt booted for a
-//! VM that was off never stays.
+//! disagree; a snapshot that is not listed any more counts as deleted; what a
+//! merge is about to write into is in the journal before, and stays there unless
+//! the merge was finished or wrote nothing; a paused helper that libvirt booted
+//! for a VM that was off never stays.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
-use vmsnap_hypervisor::{DeleteFlags, DomainState, ErrorKind, image};
+use vmsnap_engine::Cancel;
+use vmsnap_hypervisor::{DeleteFlags, DomainState, image};
 
 use super::Performer;
-use crate::{
-    faults,
-    planning::{
-        Done, Fault,
-        facts::{VmState, folder_of},
-        files, tree,
-    },
+use crate::planning::{
+    Done, Fault, Reason,
+    facts::{VmState, folder_of},
+    files, tree,
 };
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
-/// How soon a merge is looked for: libvirt's delete takes no limit, so that one
-/// is set on the job as soon as it is seen.
+/// How soon a merge is looked for: it may be over soon.
 const FIRST: Duration = Duration::from_millis(15);
+
+/// What a delete step says.
+pub(super) struct Merge<'a> {
+    /// The snapshot.
+    pub name: &'a str,
+    /// Only libvirt's entry goes.
+    pub metadata_only: bool,
+    /// Targets of the disks that may be merged.
+    pub disks: &'a [String],
+    /// The merge is driven here, at so many bytes per second at most.
+    pub bandwidth: Option<u64>,
+    /// Files of ours that go with it.
+    pub files: &'a [String],
+}
 
 impl Performer {
     pub(super) async fn delete(
         &self,
         index: usize,
-        name: &str,
-        metadata_only: bool,
-        disks: &[String],
-        bandwidth: Option<u64>,
-        files: &[String],
+        merge: Merge<'_>,
+        cancel: &Cancel,
     ) -> Result<Done, Fault> {
-        let flags = DeleteFlags {
-            metadata_only,
-            ..DeleteFlags::default()
+        let name = merge.name;
+        let lower = if merge.metadata_only {
+            Vec::new()
+        } else {
+            self.note_lower(name, merge.disks).await?
         };
-        let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
-        let mut limited: Vec<&str> = Vec::new();
-        let expected = self.to_merge(name, disks).await;
-        let mut pause = FIRST;
-        let result = {
-            let deleting = self.hypervisor.delete_snapshot(self.vm(), name, flags);
-            tokio::pin!(deleting);
-            loop {
-                tokio::select! {
-                    result = &mut deleting => break result,
-                    () = tokio::time::sleep(pause) => {
-                        pause = (pause * 5 / 4).min(POLL);
-                        for disk in disks {
-                            let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
-                                continue;
-                            };
-                            if let Some(bytes) = bandwidth
-                                && !limited.contains(&disk.as_str())
-                                && self.hypervisor.block_job_speed(self.vm(), disk, bytes).await.is_ok()
-                            {
-                                limited.push(disk);
-                            }
-                            pause = POLL;
-                            merged.insert(disk, job.cur);
-                            self.progress(index, disk, job.cur, job.end);
-                        }
-                    }
+        let mut merging = self.merge(index, &merge, &lower, cancel).await;
+        if let Err(fault) = &merging
+            && self.wakes_disks(fault).await?
+        {
+            merging = self.merge(index, &merge, &lower, cancel).await;
+        }
+        let mut merged = match merging {
+            Ok(merged) => merged,
+            Err(fault) => {
+                if lower.iter().all(|lower| stamp(&lower.path) == lower.stamp) {
+                    self.journal.forget_merge(&self.plan.vm_uuid, name).await?;
                 }
+                return Err(self.with_place(fault, &lower));
             }
         };
-        if let Err(error) = result {
-            let listed = self
-                .hypervisor
-                .snapshots(self.vm())
-                .await?
-                .iter()
-                .any(|snapshot| snapshot.name == name);
-            if listed {
-                return Err(self.merge_failed(error, name, &expected));
-            }
-        }
         // A merge may be over before it was looked at.
-        for (disk, bytes) in &expected {
-            let seen = merged.entry(disk).or_default();
-            *seen = (*seen).max(*bytes);
-            self.progress(index, disk, *seen, *seen);
+        for lower in &lower {
+            let seen = merged.entry(lower.disk).or_default();
+            *seen = (*seen).max(lower.above);
+            self.progress(index, lower.disk, *seen, *seen);
         }
+        let merged_bytes = merged.values().sum();
+        let written = lower
+            .iter()
+            .filter_map(|lower| Some((lower.path.clone(), stamp(&lower.path)?.0)))
+            .map(|(path, time)| (path, crate::observe::nanoseconds(time)))
+            .collect();
+        self.journal
+            .finish_merge(&self.plan.vm_uuid, name, written)
+            .await?;
         self.journal
             .forget_snapshot(&self.plan.vm_uuid, name)
             .await?;
         // libvirt removes overlays and memory; copies of UEFI variables are ours.
-        self.remove_unused(files).await?;
+        self.remove_unused(merge.files).await?;
         self.forget_gone().await?;
         if self.has_siblings(name) {
             self.mend_if_needed().await?;
         }
-        Ok(Done::Deleted {
-            merged_bytes: merged.values().sum(),
-        })
+        Ok(Done::Deleted { merged_bytes })
     }
 
-    /// libvirt's error; for a lack of space with where and how much.
-    fn merge_failed(
+    async fn merge<'a>(
         &self,
-        error: vmsnap_hypervisor::Error,
-        name: &str,
-        expected: &[(&str, u64)],
-    ) -> Fault {
-        if *error.kind() == ErrorKind::NoSpace
-            && let Some(facts) = &self.facts
-            && let Some(snapshot) = facts.snapshot(name)
-        {
-            for (target, need) in expected {
-                let written = snapshot.disks.iter().find(|disk| disk.target == **target);
-                let Some(data) = written.and_then(|disk| disk.data.as_deref()) else {
-                    continue;
-                };
-                let folder = folder_of(data);
-                if let Some(now) = crate::observe::folder(folder).filter(|now| now.free < *need) {
-                    let mut full = files::no_space(facts, folder, *need, now.free);
-                    full.message = format!("{}; {}", full.message, faults::sentence(&error));
-                    return full;
-                }
+        index: usize,
+        merge: &Merge<'a>,
+        lower: &[Lower<'a>],
+        cancel: &Cancel,
+    ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        match merge.bandwidth {
+            Some(limit) => {
+                self.delete_limited(index, merge.name, lower, limit, cancel)
+                    .await
+            }
+            None => {
+                self.delete_by_libvirt(index, merge.name, merge.metadata_only, merge.disks)
+                    .await
             }
         }
-        error.into()
+    }
+
+    /// After a memory capture of a paused guest that somebody else made, QEMU's
+    /// block nodes are inactive, and no merge begins. Whether they were woken, so
+    /// that it is worth another try.
+    async fn wakes_disks(&self, fault: &Fault) -> Result<bool, Fault> {
+        if !fault.message.contains("Inactive '")
+            || self.hypervisor.domain(self.vm()).await?.state != DomainState::Paused
+        {
+            return Ok(false);
+        }
+        self.hypervisor.activate_disks(self.vm()).await?;
+        Ok(true)
+    }
+
+    /// Adds what a caller needs: for a lack of space, where and how much; else the
+    /// file that could not be written, which is the image of a chain that libvirt's
+    /// words name, or what was to be merged into.
+    fn with_place(&self, fault: Fault, lower: &[Lower<'_>]) -> Fault {
+        let Some(facts) = &self.facts else {
+            return fault;
+        };
+        match fault.reason {
+            Reason::NoSpace => {
+                for lower in lower {
+                    let folder = folder_of(&lower.path);
+                    if let Some(now) =
+                        crate::observe::folder(folder).filter(|now| now.free < lower.above)
+                    {
+                        let mut full = files::no_space(facts, folder, lower.above, now.free);
+                        full.message = format!("{}; {}", full.message, fault.message);
+                        return full;
+                    }
+                }
+                fault
+            }
+            Reason::StorageNotWritable => {
+                let named = facts
+                    .vm
+                    .disks
+                    .iter()
+                    .flat_map(|disk| &disk.chain)
+                    .map(|image| &image.path)
+                    .filter(|path| fault.message.contains(&format!("'{path}'")))
+                    .chain(lower.iter().map(|lower| &lower.path))
+                    .next()
+                    .cloned();
+                match named {
+                    Some(path) => fault.with("path", path),
+                    None => fault,
+                }
+            }
+            _ => fault,
+        }
     }
 
     /// Whether other snapshots have the same parent: then libvirt forgets which
@@ -135,39 +179,132 @@ impl Performer {
         })
     }
 
-    /// Bytes that the overlay over a snapshot's data takes now, by disk: what its
-    /// deletion merges. Disks on whose chain the data does not lie merge nothing.
-    async fn to_merge<'a>(&self, name: &str, disks: &'a [String]) -> Vec<(&'a str, u64)> {
-        let Some(snapshot) = self.facts.as_ref().and_then(|facts| facts.snapshot(name)) else {
-            return Vec::new();
+    /// Has libvirt merge and delete. Returns the bytes that were seen to be merged,
+    /// by disk.
+    async fn delete_by_libvirt<'a>(
+        &self,
+        index: usize,
+        name: &str,
+        metadata_only: bool,
+        disks: &'a [String],
+    ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        let flags = DeleteFlags {
+            metadata_only,
+            ..DeleteFlags::default()
+        };
+        let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut pause = FIRST;
+        let deleting = self.hypervisor.delete_snapshot(self.vm(), name, flags);
+        tokio::pin!(deleting);
+        let result = loop {
+            tokio::select! {
+                result = &mut deleting => break result,
+                () = tokio::time::sleep(pause) => {
+                    pause = (pause * 5 / 4).min(POLL);
+                    for disk in disks {
+                        let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
+                            continue;
+                        };
+                        pause = POLL;
+                        merged.insert(disk, job.cur);
+                        self.progress(index, disk, job.cur, job.end);
+                    }
+                }
+            }
+        };
+        match result {
+            Ok(()) => Ok(merged),
+            Err(error) => {
+                let listed = self.hypervisor.snapshots(self.vm()).await?;
+                if listed.iter().any(|snapshot| snapshot.name == name) {
+                    return Err(error.into());
+                }
+                Ok(merged)
+            }
+        }
+    }
+
+    /// Merges the newest snapshot of the present state under a limit, then has
+    /// libvirt forget it.
+    async fn delete_limited<'a>(
+        &self,
+        index: usize,
+        name: &str,
+        lower: &[Lower<'a>],
+        bandwidth: u64,
+        cancel: &Cancel,
+    ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        let merged = self.merge_active(index, lower, bandwidth, cancel).await?;
+        let flags = DeleteFlags {
+            metadata_only: true,
+            ..DeleteFlags::default()
+        };
+        self.hypervisor
+            .delete_snapshot(self.vm(), name, flags)
+            .await?;
+        Ok(merged)
+    }
+
+    /// The images that deleting a snapshot merges into, noted in the journal:
+    /// those that hold its data of the given disks. Disks on whose chain the data
+    /// does not lie merge nothing.
+    async fn note_lower<'a>(
+        &self,
+        name: &str,
+        disks: &'a [String],
+    ) -> Result<Vec<Lower<'a>>, Fault> {
+        let listed = self.hypervisor.snapshots(self.vm()).await?;
+        let Some(snapshot) = listed.into_iter().find(|one| one.name == name) else {
+            return Ok(Vec::new());
         };
         let mut found = Vec::new();
         for disk in disks {
             let data = snapshot
-                .disks
+                .definition
                 .iter()
+                .flat_map(|definition| &definition.disks)
                 .find(|one| one.target == *disk)
-                .and_then(|one| one.data.as_ref());
+                .and_then(|one| one.path.as_ref());
             let (Some(data), Ok(Some(active))) =
                 (data, self.observer.disk_image(self.vm(), disk).await)
             else {
                 continue;
             };
-            let Ok(chain) = image::chain(Path::new(&active.path), active.format.as_deref()).await
-            else {
+            let chain = image::chain(Path::new(&active.path), active.format.as_deref()).await;
+            let Ok(chain) = chain else {
                 continue;
             };
             let at = chain.iter().position(|image| image.path == *data);
             if let Some(above) = at.and_then(|at| at.checked_sub(1)) {
-                found.push((disk.as_str(), chain[above].actual_size));
+                found.push(Lower {
+                    disk,
+                    above: chain[above].actual_size,
+                    stamp: stamp(data),
+                    path: data.clone(),
+                });
             }
         }
-        found
+        if !found.is_empty() {
+            let disks = found.iter().map(|lower| lower.disk.to_owned()).collect();
+            self.journal
+                .note_merge(&self.plan.vm_uuid, name, snapshot.creation_time, disks)
+                .await?;
+        }
+        Ok(found)
     }
 
-    /// A delete that failed leaves chain and metadata as they were; only the
-    /// helper of a VM that was off has to go.
-    pub(super) async fn undo_delete(&self, boots_helper: bool) -> Result<String, Fault> {
+    /// A delete that failed leaves chain and metadata as they were; only a merge
+    /// that was driven here has to be given up, and the helper of a VM that was off
+    /// has to go.
+    pub(super) async fn undo_delete(
+        &self,
+        boots_helper: bool,
+        driven: bool,
+        disks: &[String],
+    ) -> Result<String, Fault> {
+        if driven && self.abort_merges(disks.iter().map(String::as_str)).await? {
+            return Ok("the open merge was given up; the chain is as it was".into());
+        }
         if !boots_helper || self.plan.vm_state != VmState::Stopped {
             return Ok("chain and metadata are as libvirt left them".into());
         }
@@ -183,4 +320,21 @@ impl Performer {
         }
         Ok("no helper is left".into())
     }
+}
+
+/// An image that a merge writes into.
+pub(super) struct Lower<'a> {
+    /// Target of the disk.
+    pub disk: &'a str,
+    /// The image.
+    pub path: String,
+    /// Bytes that the image above it takes.
+    above: u64,
+    stamp: Option<(SystemTime, u64)>,
+}
+
+/// Tells whether a file was written: time of the last change, and blocks.
+fn stamp(path: &str) -> Option<(SystemTime, u64)> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.modified().ok()?, metadata.blocks()))
 }

@@ -10,6 +10,7 @@ mod delete;
 mod guard;
 mod guest;
 mod hold;
+mod merge;
 mod revert;
 mod storage;
 
@@ -185,8 +186,14 @@ impl Performer {
                 files,
                 ..
             } => {
-                self.delete(index, name, *metadata_only, disks, *bandwidth, files)
-                    .await
+                let merge = delete::Merge {
+                    name,
+                    metadata_only: *metadata_only,
+                    disks,
+                    bandwidth: *bandwidth,
+                    files,
+                };
+                self.delete(index, merge, cancel).await
             }
             Step::Resize {
                 disk,
@@ -257,7 +264,15 @@ impl Perform<Snapshots> for Performer {
             Step::Revert {
                 name, definition, ..
             } => self.undo_revert(name, *definition, done).await,
-            Step::DeleteSnapshot { boots_helper, .. } => self.undo_delete(*boots_helper).await,
+            Step::DeleteSnapshot {
+                boots_helper,
+                bandwidth,
+                disks,
+                ..
+            } => {
+                self.undo_delete(*boots_helper, bandwidth.is_some(), disks)
+                    .await
+            }
             Step::ArmGuard { .. } => self.disarm().await,
             Step::EndGuard { snapshot, .. } => self.arm_again(snapshot).await,
             _ => Ok("nothing to undo".into()),

@@ -289,6 +289,8 @@ pub struct Disk {
     pub chain: Vec<Image>,
     /// Why the chain could not be read.
     pub chain_problem: Option<String>,
+    /// The image that an open merge of the active one writes into.
+    pub merging_into: Option<String>,
 }
 
 impl Disk {

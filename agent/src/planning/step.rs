@@ -186,7 +186,8 @@ pub enum Step {
         disks: Vec<String>,
         /// The VM is off, so libvirt boots a paused helper for the merge.
         boots_helper: bool,
-        /// Bytes per second; `None` is unlimited.
+        /// Bytes per second at most: the agent drives the merge of the active
+        /// images itself. `None` is libvirt's own delete, which takes no limit.
         bandwidth: Option<u64>,
         /// Files that are gone afterwards.
         files: Vec<String>,

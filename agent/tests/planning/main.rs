@@ -103,6 +103,7 @@ fn quiet() -> Facts {
                 virtual_size: 64 << 20,
                 chain: vec![image(&path("web1.qcow2"))],
                 chain_problem: None,
+                merging_into: None,
             }],
             agent: Agent::default(),
             frozen: None,

@@ -101,19 +101,36 @@ pub fn not_half_loaded(facts: &Facts) -> Result<(), Fault> {
 /// # Errors
 /// [`Reason::BlockJobActive`].
 pub fn no_block_job(facts: &Facts) -> Result<(), Fault> {
-    match facts.vm.block_jobs.first() {
-        Some(job) => Err(Fault::new(
-            Reason::BlockJobActive,
-            format!(
-                "a block job ({}) is open on disk {} of VM '{}' ({} of {} bytes done); wait for \
-                 it, or abort it with 'virsh blockjob {} {} --abort'",
-                job.kind, job.disk, facts.vm.name, job.done, job.total, facts.vm.name, job.disk
-            ),
-        )
-        .with("disk", &job.disk)
-        .with("job", &job.kind)),
-        None => Ok(()),
-    }
+    let Some(job) = facts.vm.block_jobs.first() else {
+        return Ok(());
+    };
+    let disk = facts.vm.disks.iter().find(|disk| disk.target == job.disk);
+    let into = disk.and_then(|disk| disk.merging_into.as_deref());
+    let help = match into {
+        // Given up, it leaves the chain as it was, and newer data in the image.
+        Some(into) => format!(
+            "it writes into '{into}', so the snapshots that stand on that image are spoilt already; \
+             finish it with 'virsh blockjob {} {} --pivot' when it is ready",
+            facts.vm.name, job.disk
+        ),
+        None => format!(
+            "wait for it, or abort it with 'virsh blockjob {} {} --abort'",
+            facts.vm.name, job.disk
+        ),
+    };
+    let fault = Fault::new(
+        Reason::BlockJobActive,
+        format!(
+            "a block job ({}) is open on disk {} of VM '{}' ({} of {} bytes done); {help}",
+            job.kind, job.disk, facts.vm.name, job.done, job.total
+        ),
+    )
+    .with("disk", &job.disk)
+    .with("job", &job.kind);
+    Err(match into {
+        Some(into) => fault.with("path", into),
+        None => fault,
+    })
 }
 
 /// Refuses while libvirt keeps memory that belongs to the present disks.

@@ -5,7 +5,8 @@
 
 use crate::planning::{
     actions::{checks, delete},
-    facts::{Facts, Snapshot, Volume},
+    facts::{Facts, Orphan, Snapshot, Volume},
+    files,
     outcome::Verdict,
     plan::Draft,
     reason::Fault,
@@ -53,8 +54,7 @@ fn snapshots(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), 
         );
         return Ok(());
     };
-    checks::no_block_job(facts)?;
-    checks::no_managed_save(facts)?;
+    checks::changeable(facts)?;
     let mut list: Vec<&Snapshot> = match cleanup.children {
         Children::Keep => Vec::new(),
         Children::Delete | Children::Only => tree::descendants_leaf_first(facts, &cleanup.name),
@@ -83,8 +83,7 @@ fn policy(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) -> Result<(), Fau
     }
     let (go, stay): (Vec<_>, Vec<_>) = judged.into_iter().partition(|one| one.goes);
     if !go.is_empty() {
-        checks::no_block_job(facts)?;
-        checks::no_managed_save(facts)?;
+        checks::changeable(facts)?;
     }
     for one in stay {
         let size = one.snapshot.size;
@@ -189,9 +188,11 @@ fn kept_because(volume: &Volume, facts: &Facts) -> Option<String> {
 }
 
 fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
-    let Some(orphans) = &facts.storage.orphans else {
+    let Some(found) = &facts.storage.orphans else {
         return;
     };
+    let mut orphans = found.clone();
+    orphans.extend(left_by(&draft.steps, facts));
     for orphan in orphans {
         match cleanup.orphans {
             Orphans::Ignore => {}
@@ -242,4 +243,49 @@ fn verdict(name: &str, what: &str, removed: bool, rule: &str, size: u64) -> Verd
         rule: rule.to_owned(),
         size,
     }
+}
+
+/// Overlays that nobody refers to any more once libvirt's mere entries of their
+/// snapshots are gone.
+fn left_by(steps: &[Step], facts: &Facts) -> Vec<Orphan> {
+    let mut gone: Vec<&str> = Vec::new();
+    let mut forgotten: Vec<&Snapshot> = Vec::new();
+    for step in steps {
+        let Step::DeleteSnapshot {
+            name,
+            metadata_only,
+            ..
+        } = step
+        else {
+            continue;
+        };
+        gone.push(name);
+        forgotten.extend(facts.snapshot(name).filter(|_| *metadata_only));
+    }
+    let mut left: Vec<Orphan> = Vec::new();
+    for overlay in forgotten.into_iter().flat_map(delete::overlays_of) {
+        let in_use = facts
+            .users
+            .iter()
+            .filter_map(|users| users.get(overlay))
+            .flatten()
+            .any(|user| {
+                let by_one_gone = user
+                    .snapshot
+                    .as_deref()
+                    .is_some_and(|snapshot| gone.contains(&snapshot));
+                user.vm != facts.vm.name || !by_one_gone
+            });
+        if !in_use
+            && files::exists(facts, overlay) == Some(true)
+            && left.iter().all(|orphan| orphan.path != *overlay)
+        {
+            left.push(Orphan {
+                path: overlay.clone(),
+                size: 0,
+                ours: facts.ours.contains(overlay),
+            });
+        }
+    }
+    left
 }

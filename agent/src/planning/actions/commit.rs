@@ -109,7 +109,8 @@ fn merge(commit: &Commit, facts: &Facts, draft: &mut Draft) -> Result<(), Fault>
                 side.join(", ")
             ),
         )
-        .with("branches", side.join(",")));
+        .with("branches", side.join(","))
+        .with("order", side.join(",")));
     }
     for snapshot in drop.iter().filter(|snapshot| snapshot.name != commit.name) {
         let what = match &snapshot.record {

@@ -7,12 +7,10 @@
 //! Invariants: no file that another VM's chain uses is written or removed;
 //! nothing is drafted that this libvirt cannot do or that crashes it.
 
-use std::collections::BTreeMap;
-
 use crate::planning::{
-    actions::checks,
-    facts::{Facts, Health, Kind, Memory, Snapshot, VmState, folder_of},
-    names,
+    actions::{checks, mergeable},
+    facts::{Facts, Health, Image, Kind, Memory, Snapshot, SnapshotDisk, VmState},
+    files,
     outcome::Verdict,
     plan::Draft,
     reason::{Fault, Reason},
@@ -47,9 +45,15 @@ pub fn in_order(
     draft: &mut Draft,
 ) -> Result<(), Fault> {
     let mut seen = facts.clone();
-    for snapshot in snapshots {
+    // A merge that was cut off is finished before anything else is merged.
+    let torn = |one: &&&Snapshot| {
+        matches!(one.health, Health::Torn(_)) && tree::is_on_active_path(facts, &one.name)
+    };
+    let first = snapshots.iter().filter(torn);
+    let then = snapshots.iter().filter(|one| !torn(one));
+    for snapshot in first.chain(then) {
         let step = one(&snapshot.name, rule, bandwidth, &seen)?;
-        add(step, snapshot, rule, draft);
+        add(step, snapshot, rule, bandwidth, &seen, draft);
         forget(&mut seen, &snapshot.name);
     }
     Ok(())
@@ -84,7 +88,7 @@ pub fn as_many_as_possible<'a>(
             let (snapshot, rule) = entry;
             match one(&snapshot.name, rule, bandwidth, &seen) {
                 Ok(step) => {
-                    add(step, snapshot, rule, draft);
+                    add(step, snapshot, rule, bandwidth, &seen, draft);
                     forget(&mut seen, &snapshot.name);
                 }
                 Err(because) => {
@@ -100,7 +104,61 @@ pub fn as_many_as_possible<'a>(
     }
 }
 
-fn add(step: Step, snapshot: &Snapshot, rule: &str, draft: &mut Draft) {
+fn add(
+    step: Step,
+    snapshot: &Snapshot,
+    rule: &str,
+    limit: Option<u64>,
+    facts: &Facts,
+    draft: &mut Draft,
+) {
+    if let (
+        Some(limit),
+        Step::DeleteSnapshot {
+            bandwidth: None,
+            metadata_only: false,
+            disks,
+            ..
+        },
+    ) = (limit, &step)
+        && !disks.is_empty()
+        && tree::is_on_active_path(facts, &snapshot.name)
+    {
+        draft.warn(
+            "LIMIT_NOT_KEPT",
+            format!(
+                "libvirt merges snapshot '{}' without the limit of {limit} bytes per second: one \
+                 can be kept only for the newest snapshot of the present state, while the VM is on",
+                snapshot.name
+            ),
+            "",
+        );
+    }
+    if matches!(
+        step,
+        Step::DeleteSnapshot {
+            metadata_only: true,
+            ..
+        }
+    ) {
+        let left: Vec<&str> = overlays_of(snapshot)
+            .map(String::as_str)
+            .filter(|path| files::exists(facts, path) == Some(true))
+            .collect();
+        if !left.is_empty() {
+            draft.warn(
+                "OVERLAY_STAYS",
+                format!(
+                    "libvirt only takes snapshot '{}' off its list; {} stays, because nobody can \
+                     tell whether all that it holds was merged",
+                    snapshot.name,
+                    left.join(", ")
+                ),
+                "where nothing in it is missed, a cleanup with orphans: delete removes it if this \
+                 agent made it",
+            );
+        }
+    }
     draft.push(step);
     draft.change(
         format!("snapshot.{}", snapshot.name),
@@ -123,9 +181,11 @@ fn forget(facts: &mut Facts, name: &str) {
         return;
     };
     let on_path = tree::is_on_active_path(facts, name);
+    let metadata_only = is_metadata_only(&facts.snapshots[at], facts);
+    // All that stands on its data goes down into it.
+    let newest = facts.snapshots[at].current && tree::children(facts, name).is_empty();
     let gone = facts.snapshots.remove(at);
-    let merged = gone.kind != Kind::Internal
-        && !matches!(gone.health, Health::MergedAway(_) | Health::MetadataOnly);
+    let merged = gone.kind != Kind::Internal && !metadata_only;
     for disk in gone.disks.iter().filter(|_| merged) {
         let Some(data) = &disk.data else { continue };
         // What the children hold lies one image lower from now on.
@@ -149,11 +209,14 @@ fn forget(facts: &mut Facts, name: &str) {
         if let Some(lower) = vm.chain.iter().position(|image| image.path == *data)
             && lower > 0
         {
-            let upper = vm.chain.remove(lower - 1);
-            let lower = &mut vm.chain[lower - 1];
-            lower.actual_size = lower.actual_size.saturating_add(upper.actual_size);
-            lower.virtual_size = upper.virtual_size;
-            if vm.path == upper.path {
+            let first = if newest { 0 } else { lower - 1 };
+            let upper: Vec<Image> = vm.chain.drain(first..lower).collect();
+            let lower = &mut vm.chain[first];
+            for image in upper.iter().rev() {
+                lower.actual_size = lower.actual_size.saturating_add(image.actual_size);
+                lower.virtual_size = image.virtual_size;
+            }
+            if first == 0 {
                 vm.path.clone_from(data);
             }
         }
@@ -190,21 +253,27 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
         )
         .with("snapshot", &snapshot.name));
     }
-    let metadata_only = matches!(
-        snapshot.health,
-        Health::MergedAway(_) | Health::MetadataOnly
-    );
+    let metadata_only = is_metadata_only(snapshot, facts);
     let external = snapshot.kind != Kind::Internal;
     let children = tree::children(facts, &snapshot.name);
     let mut files = own_files(snapshot);
+    let mut driven = None;
     if metadata_only {
-        // libvirt leaves them; ours go, unless somebody stands on them.
+        // libvirt leaves them. Ours go, unless somebody stands on them; not so
+        // overlays, which may hold what was never merged: they become orphans.
         let ours = snapshot.record.is_some();
-        files.retain(|file| ours && checks::not_shared(facts, [file.as_str()]).is_ok());
+        files.retain(|file| {
+            ours && overlays_of(snapshot).all(|overlay| overlay != file)
+                && checks::not_shared(facts, [file.as_str()]).is_ok()
+        });
     }
     if !metadata_only && external {
         files.extend(left_behind(snapshot, &children, facts));
-        mergeable(snapshot, &children, facts)?;
+        mergeable::check(snapshot, &children, facts)?;
+        driven = mergeable::drives(snapshot, &children, bandwidth, facts)?;
+        if driven.is_some() {
+            files.extend(mergeable::merged_by_hand(snapshot, facts));
+        }
         // What the snapshot left out, such as a medium that others read too, is
         // not written.
         let written = snapshot
@@ -218,10 +287,11 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
                 .chain(files.iter().map(String::as_str))
                 .collect::<Vec<_>>(),
         )?;
-        merge_fits(snapshot, facts)?;
+        mergeable::lower_writable(snapshot, facts)?;
+        mergeable::merge_fits(snapshot, facts)?;
     }
     if snapshot.kind == Kind::Internal && !metadata_only {
-        internal_deletable(snapshot, facts)?;
+        mergeable::internal_deletable(snapshot, facts)?;
         checks::not_shared(
             facts,
             snapshot
@@ -248,20 +318,54 @@ fn one(name: &str, rule: &str, bandwidth: Option<u64>, facts: &Facts) -> Result<
             Vec::new()
         },
         boots_helper: merges && facts.vm.state == VmState::Stopped,
-        bandwidth,
+        bandwidth: driven,
         files,
         rule: rule.to_owned(),
         size: snapshot.size,
     })
 }
 
-/// Files that belong to a snapshot beside its disks' data.
-fn own_files(snapshot: &Snapshot) -> Vec<String> {
-    let mut files: Vec<String> = snapshot
+/// Whether only libvirt's entry of a snapshot can go: there is nothing that it
+/// could merge.
+fn is_metadata_only(snapshot: &Snapshot, facts: &Facts) -> bool {
+    match snapshot.health {
+        Health::MergedAway(_) | Health::MetadataOnly => true,
+        // libvirt knows how to finish what it began, unless all is merged already.
+        Health::Torn(_) => snapshot.disks.iter().any(|disk| {
+            let vm = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
+            disk.kind.is_some() && vm.is_some_and(|vm| Some(&vm.path) == disk.data.as_ref())
+        }),
+        Health::Whole | Health::DataMissing(_) => {
+            snapshot.kind != Kind::Internal
+                && tree::is_on_active_path(facts, &snapshot.name)
+                && snapshot.disks.iter().any(|disk| off_chain(disk, facts))
+        }
+    }
+}
+
+/// Whether the present state does not stand on the data of a disk, although the
+/// tree says that it descends from it: libvirt finds nothing to merge then.
+fn off_chain(disk: &SnapshotDisk, facts: &Facts) -> bool {
+    let vm = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
+    match (vm, &disk.data) {
+        (Some(vm), Some(data)) if disk.kind.is_some() && !vm.chain.is_empty() => {
+            vm.chain.iter().all(|image| image.path != *data)
+        }
+        _ => false,
+    }
+}
+
+/// Overlays that a snapshot made.
+pub fn overlays_of(snapshot: &Snapshot) -> impl Iterator<Item = &String> {
+    snapshot
         .disks
         .iter()
-        .filter_map(|disk| disk.overlay.clone())
-        .collect();
+        .filter_map(|disk| disk.overlay.as_ref())
+}
+
+/// Files that belong to a snapshot beside its disks' data.
+fn own_files(snapshot: &Snapshot) -> Vec<String> {
+    let mut files: Vec<String> = overlays_of(snapshot).cloned().collect();
     if let Memory::External(file) = &snapshot.memory {
         files.push(file.clone());
     }
@@ -304,255 +408,4 @@ fn left_behind(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Ve
         })
         .cloned()
         .collect()
-}
-
-fn mergeable(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Result<(), Fault> {
-    if !facts.host.deletes_external() {
-        return Err(Fault::new(
-            Reason::KindUnsupported,
-            "this host's libvirt cannot delete external snapshots; 9.0 or newer can".to_owned(),
-        ));
-    }
-    if children.len() > 1 {
-        let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
-            format!(
-                "snapshot '{}' has {} children ({}), and libvirt cannot merge into several; \
-                 delete all but one of them first, each after its own children",
-                snapshot.name,
-                names.len(),
-                names.join(", ")
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", names.join(",")));
-    }
-    if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
-        let order: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
-            .into_iter()
-            .map(|below| below.name.as_str())
-            .collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
-            format!(
-                "snapshot '{}' is on a branch that the present state does not stand on, and \
-                 libvirt deletes only from its end: delete {} first, in this order",
-                snapshot.name,
-                order.join(", ")
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", order.join(",")));
-    }
-    if snapshot.current && !children.is_empty() {
-        let names: Vec<&str> = children.iter().map(|child| child.name.as_str()).collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
-            format!(
-                "the present state stands on snapshot '{}' beside {}, and libvirt cannot merge \
-                 under both; delete {} first, each after its own children",
-                snapshot.name,
-                names.join(", "),
-                names.join(", ")
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", names.join(",")));
-    }
-    if let Some(parent) = snapshot
-        .parent
-        .as_deref()
-        .and_then(|name| facts.snapshot(name))
-        && parent.kind == Kind::Internal
-    {
-        return Err(Fault::new(
-            Reason::KindsMixed,
-            format!(
-                "external snapshot '{}' stands on the internal snapshot '{}', and libvirt cannot \
-                 merge it; delete '{}' first while the VM is off",
-                snapshot.name, parent.name, parent.name
-            ),
-        ));
-    }
-    media_merge(snapshot, facts)?;
-    if let Some(internal) = inner_internal(snapshot, facts) {
-        return Err(Fault::new(
-            Reason::KindsMixed,
-            format!(
-                "the overlay of snapshot '{}' holds the internal snapshot '{internal}', which \
-                 would be lost with it; delete '{internal}' first",
-                snapshot.name
-            ),
-        ));
-    }
-    // Deleting a snapshot while another branch stands on its files crashes libvirt
-    // 11.3 where that snapshot and its child were both made while the VM was off;
-    // of a VM that is off nothing is risked.
-    let off_twice = snapshot.made_off && children.iter().any(|child| child.made_off);
-    if off_twice || facts.vm.state == VmState::Stopped {
-        let path = tree::active_path(facts);
-        let side = facts.snapshots.iter().find(|other| {
-            other.name != snapshot.name
-                && !path.iter().any(|on| on.name == other.name)
-                && tree::descendants_leaf_first(facts, &snapshot.name)
-                    .iter()
-                    .any(|below| below.name == other.name)
-        });
-        if let Some(side) = side {
-            return Err(Fault::new(
-                Reason::SnapshotBranches,
-                format!(
-                    "snapshot '{}' is on another branch of VM '{}' that stands on '{}', and {}; \
-                     libvirt crashes on that: {}delete '{}' first",
-                    side.name,
-                    facts.vm.name,
-                    snapshot.name,
-                    if off_twice {
-                        "that and its child were made while the VM was off"
-                    } else {
-                        "the VM is off"
-                    },
-                    if off_twice {
-                        ""
-                    } else {
-                        "start the VM first, or "
-                    },
-                    side.name
-                ),
-            )
-            .with("snapshot", &snapshot.name)
-            .with("branches", &side.name));
-        }
-    }
-    Ok(())
-}
-
-/// After a revert a drive runs on an overlay of its medium, which libvirt merges
-/// when the snapshot is deleted: it has to be in the drive still.
-fn media_merge(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    if !tree::is_on_active_path(facts, &snapshot.name) {
-        return Ok(());
-    }
-    for disk in snapshot.disks.iter().filter(|disk| disk.kind.is_some()) {
-        let drive = facts
-            .vm
-            .disks
-            .iter()
-            .find(|drive| drive.target == disk.target && drive.only_read());
-        if let (Some(drive), Some(data)) = (drive, &disk.data)
-            && !drive.chain.iter().skip(1).any(|image| image.path == *data)
-        {
-            return Err(Fault::new(
-                Reason::MediaNotCovered,
-                format!(
-                    "since the revert to snapshot '{}' the medium '{data}' was taken out of drive \
-                     {}, or changed, and libvirt then cannot delete the snapshot; revert to it \
-                     once more, and delete it before the medium is changed",
-                    snapshot.name, disk.target
-                ),
-            )
-            .with("snapshot", &snapshot.name)
-            .with("disk", &disk.target)
-            .with("medium", data));
-        }
-    }
-    Ok(())
-}
-
-/// An internal snapshot that lies in an overlay of an external one.
-fn inner_internal<'a>(snapshot: &Snapshot, facts: &'a Facts) -> Option<&'a str> {
-    facts
-        .snapshots
-        .iter()
-        .filter(|other| other.kind == Kind::Internal)
-        .find(|other| {
-            other.disks.iter().any(|disk| {
-                snapshot
-                    .disks
-                    .iter()
-                    .any(|own| own.overlay.is_some() && own.overlay == disk.data)
-            })
-        })
-        .map(|other| other.name.as_str())
-}
-
-fn internal_deletable(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    if facts.vm.state == VmState::Stopped {
-        return Ok(());
-    }
-    if !names::is_job_id(&snapshot.name) {
-        return Err(Fault::new(
-            Reason::DomainState,
-            format!(
-                "internal snapshot '{}' can be deleted only while VM '{}' is off: QEMU makes its \
-                 name part of a job's id, in which only letters, digits, '-', '.' and '_' are \
-                 allowed",
-                snapshot.name.escape_debug(),
-                facts.vm.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("state", facts.vm.state.name()));
-    }
-    for disk in &snapshot.disks {
-        let active = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
-        if let (Some(data), Some(active)) = (&disk.data, active)
-            && active.path != *data
-        {
-            return Err(Fault::new(
-                Reason::KindsMixed,
-                format!(
-                    "internal snapshot '{}' lies in '{data}', but disk {} runs on '{}' now; stop \
-                     the VM to delete it",
-                    snapshot.name, disk.target, active.path
-                ),
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// A merge makes the lower image grow by what the overlay holds, at most to its
-/// virtual size. The overlays of all disks are merged before the first is removed.
-fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    let mut needs: BTreeMap<&str, (u64, &str)> = BTreeMap::new();
-    for disk in &snapshot.disks {
-        let Some(vm) = facts.vm.disks.iter().find(|vm| vm.target == disk.target) else {
-            continue;
-        };
-        let Some(data) = disk.data.as_deref() else {
-            continue;
-        };
-        let Some(at) = vm.chain.iter().position(|image| image.path == data) else {
-            continue;
-        };
-        let Some(above) = at.checked_sub(1).map(|above| &vm.chain[above]) else {
-            continue;
-        };
-        let lower = &vm.chain[at];
-        // What its internal snapshots hold is never written over.
-        let room = if lower.internal.is_empty() {
-            lower
-                .virtual_size
-                .max(above.virtual_size)
-                .saturating_sub(lower.actual_size)
-        } else {
-            u64::MAX
-        };
-        let (need, image) = needs.entry(folder_of(data)).or_insert((0, data));
-        *need = need.saturating_add(above.actual_size.min(room));
-        *image = data;
-    }
-    for (path, (need, image)) in needs {
-        if let Some(folder) = facts.folders.get(path)
-            && folder.free < need
-        {
-            return Err(
-                crate::planning::files::no_space(facts, path, need, folder.free)
-                    .with("image", image),
-            );
-        }
-    }
-    Ok(())
 }

@@ -9,5 +9,6 @@ pub mod create;
 pub mod delete;
 pub mod kind;
 pub mod list;
+pub mod mergeable;
 pub mod resize;
 pub mod revert;

@@ -13,6 +13,7 @@ use crate::planning::{
     reason::{Fault, Reason},
     request::{Create, Request, Revert, StateAfter},
     step::Step,
+    tree,
 };
 
 /// Drafts the plan.
@@ -31,6 +32,8 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     checks::young_enough(facts, snapshot, revert.max_age)?;
     revertible(snapshot, facts)?;
     checks::no_block_job(facts)?;
+    checks::not_shared(facts, written(snapshot, facts))?;
+    costs(snapshot, revert.force, facts, &mut draft)?;
     checks::not_half_loaded(facts)?;
     let saved = snapshot.memory != Memory::None;
     if !facts.vm.persistent && !saved {
@@ -161,6 +164,91 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         );
     }
     Ok(draft)
+}
+
+/// Files that a revert writes or removes: the image that holds an internal
+/// snapshot, the present overlay for an external one.
+fn written<'a>(snapshot: &'a Snapshot, facts: &'a Facts) -> Vec<&'a str> {
+    let mut paths = Vec::new();
+    for disk in snapshot.disks.iter().filter(|disk| disk.kind.is_some()) {
+        let data = disk.data.as_deref();
+        if disk.kind == Some(Kind::Internal) {
+            paths.extend(data);
+        }
+        let vm = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
+        paths.extend(vm.map(|vm| vm.path.as_str()).filter(|path| {
+            // An image that was there before any snapshot is only left behind.
+            Some(*path) != data
+                && facts
+                    .snapshots
+                    .iter()
+                    .flat_map(|one| one.disks.iter().flat_map(|disk| &disk.overlay))
+                    .chain(
+                        facts
+                            .snapshots
+                            .iter()
+                            .flat_map(|one| one.revert_overlays.iter().map(|(_, path)| path)),
+                    )
+                    .any(|overlay| overlay == path)
+        }));
+    }
+    paths
+}
+
+/// What goes beside the present state. The image of an internal snapshot is
+/// written from then on, also where external snapshots stand on it.
+fn costs(snapshot: &Snapshot, force: bool, facts: &Facts, draft: &mut Draft) -> Result<(), Fault> {
+    let mut lost: Vec<&str> = Vec::new();
+    for disk in &snapshot.disks {
+        if disk.kind != Some(Kind::Internal) {
+            continue;
+        }
+        let on_it = facts.snapshots.iter().filter(|other| {
+            other.disks.iter().any(|of| {
+                of.target == disk.target
+                    && matches!(of.kind, Some(Kind::External | Kind::Mixed))
+                    && of.data == disk.data
+            })
+        });
+        for other in on_it {
+            let below = tree::descendants_leaf_first(facts, &other.name);
+            for name in below
+                .into_iter()
+                .chain([other])
+                .map(|one| one.name.as_str())
+            {
+                if !lost.contains(&name) && name != snapshot.name {
+                    lost.push(name);
+                }
+            }
+        }
+    }
+    if lost.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "internal snapshot '{}' lies in an image on which {} stand; a revert goes on writing into \
+         that image, and they can never be brought back then",
+        snapshot.name,
+        lost.join(", ")
+    );
+    if !force {
+        return Err(Fault::new(
+            Reason::KindsMixed,
+            format!(
+                "{message}; copy out what is still needed with 'qemu-img convert', and set force \
+                 to let them go"
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("lost", lost.join(",")));
+    }
+    draft.warn(
+        "SNAPSHOTS_LOST",
+        message,
+        "remove them with cleanup afterwards",
+    );
+    Ok(())
 }
 
 /// Refuses a snapshot that a revert could not bring back, whatever the VM looks
