@@ -172,7 +172,7 @@ fn space_that_runs_out_in_the_middle_is_learned_of_its_pool() -> Result<()> {
 }
 
 #[test]
-fn a_refusal_that_an_entry_knows_carries_its_advice_which_is_right() -> Result<()> {
+fn what_is_found_beforehand_is_what_is_refused_later_and_its_advice_is_right() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     let domain = lab.blank(&BlankSpec {
@@ -182,18 +182,18 @@ fn a_refusal_that_an_entry_knows_carries_its_advice_which_is_right() -> Result<(
     let name = domain.name.as_str();
     domain.virsh("snapshot-create-as", &["two words"])?;
     domain.virsh("start", &[])?;
+    let found = issues(&agent, &["--vm", name])?;
+    let issue = find(&found, "FOREIGN_NAME").context("the entry")?;
+    assert!(
+        issue["found"].to_string().contains("'two words'"),
+        "{issue}"
+    );
     let remove = ["cleanup", name, "two words"];
     let refused = agent.vmsnap(&remove)?;
-    let failure = refused.failure()?;
-    assert_eq!(failure["reason"], "DOMAIN_STATE");
-    assert_eq!(failure["metadata"]["known_issue"], "FOREIGN_NAME");
-    assert_eq!(
-        failure["metadata"]["advice"],
-        "delete it while the VM is off"
-    );
+    assert_eq!(refused.failure()?["reason"], "DOMAIN_STATE");
     domain.virsh("destroy", &[])?;
-    let plan = agent.vmsnap(&[&remove[..], &["--check"]].concat())?;
-    assert_eq!(warning(&plan, "FOREIGN_NAME")?, None);
+    let found = issues(&agent, &["--vm", name])?;
+    assert!(find(&found, "FOREIGN_NAME").is_none(), "{found:?}");
     agent.vmsnap(&remove)?.result()?;
     assert_eq!(domain.snapshots()?, [] as [&str; 0]);
     Ok(())
