@@ -406,6 +406,33 @@ fn an_internal_snapshot_named_like_the_number_of_another_is_never_reverted_to() 
 }
 
 #[test]
+fn an_internal_snapshot_that_libvirt_forgot_keeps_its_name_from_being_used_again() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec {
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    domain.write_pattern("vda", 1, 0, 65536)?;
+    domain.virsh("snapshot-create-as", &["s"])?;
+    domain.virsh("snapshot-delete", &["s", "--metadata"])?;
+    domain.write_pattern("vda", 2, 0, 65536)?;
+    // libvirt would make a second one, and a revert go back to the first.
+    let (reason, message) = refused(&agent, &domain, &["s", "--kind", "internal"])?;
+    assert_eq!(reason, "SNAPSHOT_CONFLICT");
+    assert!(message.contains("qemu-img snapshot -d s"), "{message}");
+    let path = domain.disk("vda")?;
+    lab.qemu_img(["snapshot", "-d", "s", &path])?;
+    let words = ["create", name, "s", "--kind", "internal"];
+    agent.vmsnap(&words)?.result()?;
+    domain.write_pattern("vda", 3, 0, 65536)?;
+    agent.vmsnap(&["revert", name, "s"])?.result()?;
+    assert!(domain.has_pattern("vda", 2, 0, 65536)?);
+    Ok(())
+}
+
+#[test]
 fn a_disk_whose_path_has_a_comma_is_refused_because_no_revert_would_bring_it_back() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;

@@ -1,6 +1,8 @@
 //! Known issues on real VMs: what the catalogue finds there, what a host learns
 //! from its errors, and what it says of it the next time.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use vmsnap_tests::{
@@ -170,7 +172,7 @@ fn space_that_runs_out_in_the_middle_is_learned_of_its_pool() -> Result<()> {
 }
 
 #[test]
-fn a_failure_in_libvirts_words_is_explained_with_what_to_do_and_what_worked_here() -> Result<()> {
+fn what_is_found_beforehand_is_what_is_refused_later_and_its_advice_is_right() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     let domain = lab.blank(&BlankSpec {
@@ -180,41 +182,67 @@ fn a_failure_in_libvirts_words_is_explained_with_what_to_do_and_what_worked_here
     let name = domain.name.as_str();
     domain.virsh("snapshot-create-as", &["two words"])?;
     domain.virsh("start", &[])?;
-    let remove = ["cleanup", name, "two words"];
-    let plan = agent.vmsnap(&[&remove[..], &["--check"]].concat())?;
-    let told = warning(&plan, "FOREIGN_NAME")?.context("a warning")?;
+    let found = issues(&agent, &["--vm", name])?;
+    let issue = find(&found, "FOREIGN_NAME").context("the entry")?;
     assert!(
-        told["message"].to_string().contains("'two words'"),
-        "{told}"
+        issue["found"].to_string().contains("'two words'"),
+        "{issue}"
     );
+    let remove = ["cleanup", name, "two words"];
+    let refused = agent.vmsnap(&remove)?;
+    assert_eq!(refused.failure()?["reason"], "DOMAIN_STATE");
+    domain.virsh("destroy", &[])?;
+    let found = issues(&agent, &["--vm", name])?;
+    assert!(find(&found, "FOREIGN_NAME").is_none(), "{found:?}");
+    agent.vmsnap(&remove)?.result()?;
+    assert_eq!(domain.snapshots()?, [] as [&str; 0]);
+    Ok(())
+}
+
+#[test]
+fn a_failure_in_libvirts_words_is_explained_with_what_to_do_and_what_worked_here() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let folder = lab.folder.join(format!("shut-{}", std::process::id()));
+    std::fs::create_dir(&folder)?;
+    lab.own(&folder)?;
+    let domain = lab.blank(&BlankSpec {
+        folder: Some(folder.clone()),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
     let record = |fix: &str, subject: &str| {
         agent.vmsnap(&[
             "issues",
             "record",
-            "HYPERVISOR_FAILED",
+            "STORAGE_NOT_WRITABLE",
             fix,
             "--subject",
             subject,
         ])
     };
     record("of another", "elsewhere")?.document()?;
-    record("shut it down at noon", name)?.document()?;
-    let failed = agent.vmsnap(&remove)?;
+    record("give the folder back to qemu", name)?.document()?;
+    // Only libvirt finds out: it makes the overlay.
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o555))?;
+    let failed = agent.vmsnap(&["create", name, "s"])?;
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755))?;
     let failure = failed.failure()?;
     assert_eq!(failed.outcome()?["state"], "failed");
-    assert_eq!(failure["reason"], "HYPERVISOR_FAILED");
-    assert_eq!(failure["metadata"]["known_issue"], "FOREIGN_NAME");
+    assert_eq!(failure["reason"], "STORAGE_NOT_WRITABLE");
+    assert_eq!(failure["metadata"]["known_issue"], "IMAGE_NOT_WRITABLE");
+    let advice = failure["metadata"]["advice"].to_string();
+    assert!(advice.contains("owner and permissions"), "{advice}");
     assert_eq!(
-        failure["metadata"]["advice"],
-        "delete it while the VM is off"
+        failure["known_fixes"],
+        json!(["give the folder back to qemu"])
     );
-    assert_eq!(failure["known_fixes"], json!(["shut it down at noon"]));
     // The advice is right.
-    domain.virsh("destroy", &[])?;
-    let plan = agent.vmsnap(&[&remove[..], &["--check"]].concat())?;
-    assert_eq!(warning(&plan, "FOREIGN_NAME")?, None);
-    agent.vmsnap(&remove)?.result()?;
-    assert_eq!(domain.snapshots()?, [] as [&str; 0]);
+    agent.vmsnap(&["create", name, "s"])?.result()?;
+    assert_eq!(domain.snapshots()?, ["s"]);
+    drop(domain);
+    std::fs::remove_dir_all(folder)?;
     Ok(())
 }
 

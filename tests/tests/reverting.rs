@@ -1044,6 +1044,8 @@ fn a_guest_that_goes_on_from_memory_is_waited_for_told_of_and_has_its_clock_set(
     let name = guest.name.as_str();
     let address = Way::address();
     guest.exec(&format!("ip addr add {address}/32 dev eth0"))?;
+    // Its state was saved when the lab was started, and its clock stood still since.
+    guest.exec(&format!("date -s @{}", seconds_now()?))?;
     agent
         .vmsnap(&["create", name, "warm", "--memory"])?
         .result()?;

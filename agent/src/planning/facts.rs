@@ -189,10 +189,10 @@ pub struct DefinedDisk {
 }
 
 impl DefinedDisk {
-    /// Whether the guest only reads it: a drive, or a disk that is read-only.
+    /// Whether the guest only reads it: a CD, or what is marked read-only.
     #[must_use]
     pub fn only_read(&self) -> bool {
-        self.readonly || !matches!(&*self.device, "disk" | "lun")
+        self.readonly || self.device == "cdrom"
     }
 }
 

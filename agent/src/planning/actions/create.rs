@@ -233,7 +233,7 @@ pub fn snapshot(
     }
     let kind = kind::choose(create.kind, state, &create.exclude_disks, facts, draft)?;
     if kind == Kind::Internal {
-        kind::internal_name(&create.name)?;
+        kind::internal_name(&create.name, facts)?;
     }
     let way = consistency(create, kind, state, started, facts, draft)?;
     if kind == Kind::External {

@@ -232,11 +232,14 @@ fn holds_internal(disk: &Disk) -> bool {
     disk.format == "qcow2" && matches!(disk.source, Source::File | Source::Block)
 }
 
-/// Refuses a name by which QEMU would not find an internal snapshot again.
+/// Refuses a name by which QEMU would not find an internal snapshot again, or
+/// find another one: an image may hold one that libvirt does not list. While the
+/// VM is off, libvirt would make a second one of that name, and a revert go to
+/// the first.
 ///
 /// # Errors
-/// [`Reason::BadRequest`].
-pub fn internal_name(name: &str) -> Result<(), Fault> {
+/// [`Reason::BadRequest`], [`Reason::SnapshotConflict`].
+pub fn internal_name(name: &str, facts: &Facts) -> Result<(), Fault> {
     if names::is_number(name) {
         return Err(Fault::bad_field(
             "snapshot_name",
@@ -247,7 +250,24 @@ pub fn internal_name(name: &str) -> Result<(), Fault> {
             ),
         ));
     }
-    Ok(())
+    let unlisted = facts.writable_disks().find(|disk| {
+        let held = disk.chain.first().map(|image| &image.internal);
+        facts.snapshot(name).is_none() && held.is_some_and(|held| held.iter().any(|it| it == name))
+    });
+    match unlisted {
+        Some(disk) => Err(Fault::new(
+            Reason::SnapshotConflict,
+            format!(
+                "the image '{0}' of disk {1} holds an internal snapshot '{name}' that libvirt does \
+                 not list; choose another name, or remove it while the VM is off ('qemu-img \
+                 snapshot -d {name} {0}')",
+                disk.path, disk.target
+            ),
+        )
+        .with("snapshot", name)
+        .with("disk", &disk.target)),
+        None => Ok(()),
+    }
 }
 
 fn internal_possible(state: VmState, excluded: &[String], facts: &Facts) -> Result<(), Fault> {
