@@ -117,9 +117,11 @@ fn healths(agent: &Agent, domain: &Domain, expected: &[(&str, &str)]) -> Result<
     Ok(())
 }
 
-/// What witnesses say of a VM: state, snapshots, chain, and its files with the
-/// time of their last change.
-fn seen(domain: &Domain) -> Result<(String, Vec<String>, Vec<String>, Vec<(String, SystemTime)>)> {
+/// State, snapshots, chain, and files with the time of their last change.
+type Seen = (String, Vec<String>, Vec<String>, Vec<(String, SystemTime)>);
+
+/// What witnesses say of a VM.
+fn seen(domain: &Domain) -> Result<Seen> {
     let mut files = Vec::new();
     for name in domain.files()? {
         let written = fs::metadata(domain.folder().join(&name))?.modified()?;

@@ -23,10 +23,13 @@ use crate::planning::facts::{Disk, Kind, Snapshot};
 /// snapshot was made.
 const SLACK: Duration = Duration::from_secs(2);
 
+/// A lower and an upper image.
+type Pair = (String, String);
+
 /// What was found out before: by lower and upper image, as of the last write into
 /// the lower one. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Compared(Arc<Mutex<HashMap<(String, String), (SystemTime, bool)>>>);
+pub(super) struct Compared(Arc<Mutex<HashMap<Pair, (SystemTime, bool)>>>);
 
 impl Compared {
     /// Images that hold a snapshot's data and part of what stands on them: the
