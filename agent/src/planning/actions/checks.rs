@@ -385,35 +385,18 @@ pub fn same_overlay<'a>(
     })
 }
 
-/// Refuses to write or delete files that other VMs refer to.
+/// Refuses to write or delete files that other VMs refer to, here or unseen on
+/// another host.
 ///
 /// # Errors
-/// [`Reason::FileShared`], naming the first file and all its users.
+/// [`Reason::FileShared`], naming the first file and all its users;
+/// [`Reason::StorageShared`].
 pub fn not_shared<'a>(
     facts: &Facts,
     paths: impl IntoIterator<Item = &'a str>,
 ) -> Result<(), Fault> {
     for path in paths {
-        let users = facts.other_users(path);
-        if !users.is_empty() {
-            let names: Vec<String> = users
-                .iter()
-                .map(|user| match &user.snapshot {
-                    Some(snapshot) => format!("{} (snapshot {snapshot})", user.vm),
-                    None => user.vm.clone(),
-                })
-                .collect();
-            return Err(Fault::new(
-                Reason::FileShared,
-                format!(
-                    "'{path}' would be written or deleted, but it is in the chain of {}; \
-                     nothing is done to a file that others use",
-                    names.join(", ")
-                ),
-            )
-            .with("path", path)
-            .with("users", names.join(",")));
-        }
+        not_used(facts, [path])?;
         if !facts.host.storage_exclusive
             && facts
                 .folders
@@ -429,6 +412,37 @@ pub fn not_shared<'a>(
             )
             .with("path", path));
         }
+    }
+    Ok(())
+}
+
+/// Refuses to write or delete files that other VMs of this host refer to.
+///
+/// # Errors
+/// [`Reason::FileShared`], naming the first file and all its users.
+pub fn not_used<'a>(facts: &Facts, paths: impl IntoIterator<Item = &'a str>) -> Result<(), Fault> {
+    for path in paths {
+        let users = facts.other_users(path);
+        if users.is_empty() {
+            continue;
+        }
+        let names: Vec<String> = users
+            .iter()
+            .map(|user| match &user.snapshot {
+                Some(snapshot) => format!("{} (snapshot {snapshot})", user.vm),
+                None => user.vm.clone(),
+            })
+            .collect();
+        return Err(Fault::new(
+            Reason::FileShared,
+            format!(
+                "'{path}' would be written or deleted, but it is in the chain of {}; nothing is \
+                 done to a file that others use",
+                names.join(", ")
+            ),
+        )
+        .with("path", path)
+        .with("users", names.join(",")));
     }
     Ok(())
 }

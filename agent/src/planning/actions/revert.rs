@@ -32,7 +32,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     checks::young_enough(facts, snapshot, revert.max_age)?;
     revertible(snapshot, facts)?;
     checks::no_block_job(facts)?;
-    checks::not_shared(facts, written(snapshot, facts))?;
+    checks::not_used(facts, written(snapshot, facts))?;
     costs(snapshot, revert.force, facts, &mut draft)?;
     checks::not_half_loaded(facts)?;
     let saved = snapshot.memory != Memory::None;
