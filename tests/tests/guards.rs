@@ -155,7 +155,8 @@ fn a_guard_that_is_found_long_overdue_asks_and_one_within_the_grace_acts() -> Re
 }
 
 #[test]
-fn a_guard_is_held_when_somebody_else_changed_the_vm_and_waits_for_an_open_merge() -> Result<()> {
+fn a_guard_is_held_when_somebody_else_changed_the_vm_and_waits_for_an_open_block_job() -> Result<()>
+{
     let lab = Lab::from_env()?;
     let (domain, agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
     let name = domain.name.as_str();
@@ -171,11 +172,13 @@ fn a_guard_is_held_when_somebody_else_changed_the_vm_and_waits_for_an_open_merge
 
     let (domain, agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
     guarded(&agent, &domain, "4s")?;
-    domain.virsh("blockcommit", &["vda", "--active"])?;
+    let copy = domain.folder().join(format!("{}.copy.raw", domain.name));
+    let shown = copy.display().to_string();
+    domain.virsh("blockcopy", &["vda", "--dest", &shown, "--transient-job"])?;
     sleep(Duration::from_secs(4) + AFTER);
-    assert_eq!(guards(&agent)?[0]["state"], "pending", "the merge is open");
+    assert_eq!(guards(&agent)?[0]["state"], "pending", "the job is open");
     domain.virsh("blockjob", &["vda", "--abort"])?;
-    eventually(LONG, "the revert after the merge", || {
+    eventually(LONG, "the revert after the job", || {
         guards(&agent).is_ok_and(|open| open.is_empty())
     })?;
     assert!(domain.has_pattern("vda", 1, 0, 65_536)?);
