@@ -149,7 +149,7 @@ pub const VM_SNAPSHOT: &[Argument] = &[
     Argument::new(
         "force",
         Kind::Flag,
-        "do what libvirt asks force for, and drop a managed save",
+        "do what libvirt asks force for, drop a managed save, and let snapshots go that stand on an internal one's image",
     )
     .or(Fallback::Flag(false))
     .only_for(REVERT),

@@ -210,7 +210,8 @@ pub struct RevertArgs {
     /// Leave the guest's clock as the saved memory has it
     #[arg(long)]
     pub no_sync_clock: bool,
-    /// Do what libvirt itself asks force for, and drop a managed save
+    /// Do what libvirt itself asks force for, drop a managed save, and let external snapshots go that
+    /// stand on the image of an internal one
     #[arg(long)]
     pub force: bool,
     /// Refuse a snapshot that is older

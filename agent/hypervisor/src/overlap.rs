@@ -63,7 +63,7 @@ pub async fn shares_data(upper: &Path, lower: &Path) -> Result<bool, Error> {
             let compared =
                 tokio::task::spawn_blocking(move || compare(&upper, &lower, &below, &clusters))
                     .await;
-            let (equal, all) = compared
+            let equal = compared
                 .map_err(std::io::Error::other)
                 .and_then(|it| it)
                 .map_err(|error| {
@@ -73,8 +73,8 @@ pub async fn shares_data(upper: &Path, lower: &Path) -> Result<bool, Error> {
                         Fault::malformed(error),
                     )
                 })?;
-            // One alone may be chance where there are many.
-            return Ok(equal > 1 || (equal == 1 && all < 4));
+            // One alone may be chance.
+            return Ok(equal > 1);
         }
         start = start.saturating_add(length);
         length = length.saturating_mul(4);
@@ -103,18 +103,17 @@ fn chosen(extents: &[Extent]) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// How many of the chosen clusters are alike in both files, of how many that the
-/// lower one holds at all.
+/// How many of the chosen clusters are alike in both files.
 fn compare(
     upper: &Path,
     lower: &Path,
     below: &[Extent],
     clusters: &[(u64, u64)],
-) -> std::io::Result<(usize, usize)> {
+) -> std::io::Result<usize> {
     let (upper, lower) = (File::open(upper)?, File::open(lower)?);
     let size = usize::try_from(CLUSTER).unwrap_or_default();
     let (mut one, mut other) = (vec![0; size], vec![0; size]);
-    let (mut equal, mut all) = (0, 0);
+    let mut equal = 0;
     for (address, offset) in clusters {
         let found = below.iter().find(|extent| {
             extent.is_own()
@@ -128,10 +127,9 @@ fn compare(
         if one.iter().all(|byte| *byte == 0) {
             continue;
         }
-        all += 1;
         equal += usize::from(one == other);
     }
-    Ok((equal, all))
+    Ok(equal)
 }
 
 async fn extents(path: &Path, start: u64, length: u64) -> Result<Vec<Extent>, Error> {

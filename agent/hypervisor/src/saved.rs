@@ -10,10 +10,14 @@ use std::{
     path::Path,
 };
 
+use crate::definition::DomainDefinition;
+
 /// What a finished file begins with (`QEMU_SAVE_MAGIC`).
 const FINISHED: &[u8; 16] = b"LibvirtQemudSave";
 /// What a file begins with while it is written (`QEMU_SAVE_PARTIAL`).
 const UNFINISHED: &[u8; 16] = b"LibvirtQemudPart";
+/// More bytes than any definition has.
+const LONGEST: u32 = 16 << 20;
 /// Bytes of the head: the magic and nineteen numbers of four bytes.
 const HEAD: usize = 16 + 19 * 4;
 
@@ -38,17 +42,7 @@ pub fn problem(path: &Path) -> io::Result<Option<String>> {
     if magic != FINISHED {
         return Ok(Some("is no memory file of libvirt's".into()));
     }
-    let number = |at: usize| {
-        numbers
-            .get(at..at + 4)
-            .and_then(|bytes| bytes.try_into().ok())
-            .map_or(0, u32::from_ne_bytes)
-    };
-    // A file of a host with the other byte order is turned by libvirt.
-    let (version, mut definition) = (number(0), number(4));
-    if version > 0xffff {
-        definition = definition.swap_bytes();
-    }
+    let definition = definition_bytes(numbers);
     let needed = HEAD as u64 + u64::from(definition);
     if size <= needed {
         return Ok(Some(format!(
@@ -56,6 +50,51 @@ pub fn problem(path: &Path) -> io::Result<Option<String>> {
         )));
     }
     Ok(None)
+}
+
+/// UUID of the VM whose memory a file holds; `None` for any other file.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn owner(path: &Path) -> io::Result<Option<String>> {
+    let mut file = File::open(path)?;
+    let mut head = Vec::with_capacity(HEAD);
+    file.by_ref().take(HEAD as u64).read_to_end(&mut head)?;
+    let Some((magic, numbers)) = head
+        .split_first_chunk::<16>()
+        .filter(|_| head.len() == HEAD)
+    else {
+        return Ok(None);
+    };
+    if magic != FINISHED && magic != UNFINISHED {
+        return Ok(None);
+    }
+    let mut definition = Vec::new();
+    let length = definition_bytes(numbers).min(LONGEST);
+    file.take(u64::from(length)).read_to_end(&mut definition)?;
+    // What libvirt adds for itself follows after a zero.
+    let text = definition.split(|byte| *byte == 0).next();
+    let text = text.and_then(|text| std::str::from_utf8(text).ok());
+    Ok(text
+        .and_then(|text| DomainDefinition::parse(text).ok())
+        .and_then(|definition| definition.uuid))
+}
+
+/// Length of the definition behind the head, by the numbers in it. A file of a
+/// host with the other byte order is turned by libvirt.
+fn definition_bytes(numbers: &[u8]) -> u32 {
+    let number = |at: usize| {
+        numbers
+            .get(at..at + 4)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map_or(0, u32::from_ne_bytes)
+    };
+    let (version, definition) = (number(0), number(4));
+    if version > 0xffff {
+        definition.swap_bytes()
+    } else {
+        definition
+    }
 }
 
 #[cfg(test)]
@@ -93,5 +132,33 @@ mod tests {
         }
         std::fs::remove_file(&path).unwrap();
         assert!(problem(&path).is_err());
+    }
+
+    #[test]
+    fn a_memory_file_tells_whose_it_is_and_no_other_file_does() {
+        let path = std::env::temp_dir().join(format!("vmsnap-owner-{}", std::process::id()));
+        let xml = b"<domain type='qemu'><name>d</name><uuid>1-2-3</uuid></domain>";
+        let file = |magic: &[u8], text: &[u8]| {
+            let mut bytes = magic.to_vec();
+            let length = u32::try_from(text.len() + 9).unwrap();
+            for number in [2, length] {
+                bytes.extend(u32::to_ne_bytes(number));
+            }
+            bytes.resize(HEAD, 0);
+            bytes.extend(text);
+            bytes.extend(b"\0<cookie/>and memory");
+            bytes
+        };
+        for (bytes, owner) in [
+            (file(FINISHED, xml), Some("1-2-3")),
+            (file(UNFINISHED, xml), Some("1-2-3")),
+            (file(b"QFI\xfb............", xml), None),
+            (file(FINISHED, b"<domain"), None),
+            (b"short".to_vec(), None),
+        ] {
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(super::owner(&path).unwrap().as_deref(), owner);
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -1,17 +1,17 @@
 //! Files that belong to a VM and that nobody refers to.
 //!
 //! They are found by looking: a file that this agent noted before it made it for
-//! this VM, or an image that stands, directly or through others, on one of the
-//! VM's. A name proves nothing.
+//! this VM, an image that stands, directly or through others, on one of the VM's,
+//! or a file in which libvirt kept the VM's memory. A name proves nothing.
 //!
-//! Invariants: reads images only; what any chain of any VM names is no orphan;
+//! Invariants: reads only; what any chain of any VM names is no orphan;
 //! a file is *ours* only where the journal says that it was made for this VM. An
 //! overlay that was made for another VM may hold that one's present state: a
 //! transient VM is not listed while it is off.
 
 use std::{collections::BTreeSet, os::unix::fs::MetadataExt as _, path::Path};
 
-use vmsnap_hypervisor::image;
+use vmsnap_hypervisor::{image, saved};
 
 use super::Observer;
 use crate::planning::facts::{Facts, Orphan};
@@ -37,7 +37,10 @@ impl Observer {
                     continue;
                 }
                 let ours = facts.ours.contains(&file);
-                if ours || stands_on(&file, &own).await {
+                if ours
+                    || stands_on(&file, &own).await
+                    || holds_memory_of(&file, &facts.vm.uuid).await
+                {
                     orphans.push(Orphan {
                         size: metadata.blocks() * 512,
                         path: file,
@@ -68,4 +71,11 @@ async fn stands_on(file: &str, own: &BTreeSet<&str>) -> bool {
         .iter()
         .skip(1)
         .any(|image| own.contains(image.path.as_str()))
+}
+
+/// Whether libvirt kept memory of a VM in a file.
+async fn holds_memory_of(file: &str, uuid: &str) -> bool {
+    let file = file.to_owned();
+    let owner = tokio::task::spawn_blocking(move || saved::owner(Path::new(&file))).await;
+    owner.is_ok_and(|owner| owner.is_ok_and(|owner| owner.as_deref() == Some(uuid)))
 }

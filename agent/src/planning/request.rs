@@ -198,7 +198,8 @@ pub struct Revert {
     pub wait_timeout: Duration,
     /// Set the guest's clock where memory was saved.
     pub sync_clock: bool,
-    /// What libvirt itself asks force for, and dropping a managed save.
+    /// What libvirt itself asks force for, dropping a managed save, and letting
+    /// external snapshots go that stand on the image of an internal one.
     pub force: bool,
     /// A snapshot that is older is refused.
     pub max_age: Option<Duration>,

@@ -2,6 +2,7 @@
 
 mod creating;
 mod issues;
+mod merging;
 mod retention;
 mod reverting;
 mod storage;

@@ -163,7 +163,8 @@ options:
     default: true
   force:
     description:
-      - Do what libvirt itself asks force for, and drop a managed save.
+      - Do what libvirt itself asks force for, drop a managed save, and let external snapshots go that stand on
+        the image of an internal one.
     type: bool
     default: false
   all:
@@ -189,6 +190,7 @@ options:
   bandwidth:
     description:
       - The most that a merge copies in a second, such as V(100M). Without limit when it is not given.
+      - Kept for the newest snapshot of the present state, while the VM is on; elsewhere there is a warning.
     type: str
   children:
     description:

@@ -1,8 +1,7 @@
 //! commit: keeps the present state and drops restore points.
 //!
 //! With a name, that snapshot and its descendants on the active path go, leaf
-//! first, through libvirt's snapshot delete, so that metadata and chain never
-//! disagree. With `all`, the whole path does. Without either nothing is merged.
+//! first, so that metadata and chain agree after each. With `all`, the whole path does. Without either nothing is merged.
 
 use crate::planning::{
     actions::{checks, delete, resize},

@@ -28,10 +28,11 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     let snapshot = checks::find(facts, &revert.name)?;
     // First, because it explains why a snapshot may seem to be merged away.
     checks::definition_agrees(facts)?;
+    // Whoever waits for an open merge is told of it, not of what it tears.
+    checks::no_block_job(facts)?;
     checks::whole(snapshot)?;
     checks::young_enough(facts, snapshot, revert.max_age)?;
     revertible(snapshot, facts)?;
-    checks::no_block_job(facts)?;
     checks::not_used(facts, written(snapshot, facts))?;
     costs(snapshot, revert.force, facts, &mut draft)?;
     checks::not_half_loaded(facts)?;
