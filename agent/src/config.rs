@@ -12,9 +12,16 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
 
 /// Where the configuration is looked for unless another file is named.
 pub const DEFAULT_PATH: &str = "/etc/vmsnap/agent.toml";
+
+/// Longest time that is configured in seconds: longer ones are slips, and the
+/// longest that TOML can write lie beyond every clock.
+const YEAR: u64 = 366 * 86_400;
+/// The same for days.
+const CENTURY: u64 = 36_525;
 
 /// The whole configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -305,19 +312,69 @@ impl Config {
                 }
             }
         }
-        for (key, value) in [
-            ("libvirt.read_timeout", self.libvirt.read_timeout),
-            ("libvirt.effect_timeout", self.libvirt.effect_timeout),
-            ("libvirt.release_timeout", self.libvirt.release_timeout),
-            ("limits.heartbeat", self.limits.heartbeat),
-            ("limits.max_chain", u64::from(self.limits.max_chain)),
-            ("limits.max_runs", u64::from(self.limits.max_runs)),
+        let any = u64::from(u32::MAX);
+        for (key, value, least, most) in [
+            ("libvirt.read_timeout", self.libvirt.read_timeout, 1, YEAR),
+            (
+                "libvirt.effect_timeout",
+                self.libvirt.effect_timeout,
+                1,
+                YEAR,
+            ),
+            (
+                "libvirt.release_timeout",
+                self.libvirt.release_timeout,
+                1,
+                YEAR,
+            ),
+            ("limits.heartbeat", self.limits.heartbeat, 1, YEAR),
+            ("limits.shutdown", self.limits.shutdown, 0, YEAR),
+            ("limits.max_chain", u64::from(self.limits.max_chain), 1, any),
+            ("limits.max_runs", u64::from(self.limits.max_runs), 1, any),
+            ("guards.grace", self.guards.grace, 0, YEAR),
+            (
+                "journal.keep_days",
+                u64::from(self.journal.keep_days),
+                0,
+                CENTURY,
+            ),
         ] {
-            if value == 0 {
+            if value < least {
                 return wrong(key, "is 0; a number above 0 is needed".into());
             }
+            if value > most {
+                return wrong(key, format!("is {value}; {most} at most"));
+            }
         }
-        Ok(())
+        let path = |path: &Path| path.display().to_string();
+        for (key, text) in [
+            ("libvirt.uri", self.libvirt.uri.clone()),
+            ("listen.socket", path(&self.listen.socket)),
+            ("listen.socket_group", self.listen.socket_group.clone()),
+            ("journal.path", path(&self.journal.path)),
+        ] {
+            if let Some(c) = text.chars().find(|c| c.is_control()) {
+                let code = u32::from(c);
+                return wrong(key, format!("has the control character U+{code:04X}"));
+            }
+        }
+        match self.log_filter() {
+            Ok(_) => Ok(()),
+            Err(problem) => wrong("log.level", problem),
+        }
+    }
+
+    /// Which lines are logged.
+    ///
+    /// # Errors
+    /// What is wrong with `log.level`.
+    pub fn log_filter(&self) -> Result<EnvFilter, String> {
+        EnvFilter::try_new(&self.log.level).map_err(|error| {
+            format!(
+                "'{}' is not a filter such as info or vmsnap_agent=debug,info: {error}",
+                self.log.level.escape_debug()
+            )
+        })
     }
 
     /// The socket's permissions.
@@ -366,6 +423,32 @@ mod tests {
         let error = config.check().unwrap_err();
         assert_eq!(error.place, "listen.tcp");
         assert!(error.problem.contains("mutual TLS"), "{error}");
+    }
+
+    #[test]
+    fn a_value_that_would_end_the_agent_later_is_refused_by_its_key() {
+        for (text, key) in [
+            (
+                "[limits]\nshutdown = 9223372036854775807",
+                "limits.shutdown",
+            ),
+            (
+                "[limits]\nheartbeat = 9223372036854775807",
+                "limits.heartbeat",
+            ),
+            (
+                "[libvirt]\nread_timeout = 9223372036854775807",
+                "libvirt.read_timeout",
+            ),
+            ("[guards]\ngrace = 9223372036854775807", "guards.grace"),
+            ("[journal]\nkeep_days = 4294967295", "journal.keep_days"),
+            ("[libvirt]\nuri = \"test:\\u0000\"", "libvirt.uri"),
+            ("[journal]\npath = \"/a\\u0000\"", "journal.path"),
+            ("[log]\nlevel = 'a=b=c'", "log.level"),
+        ] {
+            let config = Config::parse(text, "x").unwrap();
+            assert_eq!(config.check().unwrap_err().place, key);
+        }
     }
 
     #[test]

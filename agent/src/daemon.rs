@@ -7,7 +7,6 @@ use std::{path::Path, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing_subscriber::EnvFilter;
 use vmsnap_hypervisor::{Hypervisor, Options};
 
 use crate::{
@@ -184,8 +183,9 @@ fn own(journal: &Path) -> Result<std::fs::File, String> {
 }
 
 fn log_to_stderr(config: &Config) -> Result<(), String> {
-    let filter = EnvFilter::try_new(&config.log.level)
-        .map_err(|error| format!("log.level '{}': {error}", config.log.level))?;
+    let filter = config
+        .log_filter()
+        .map_err(|problem| format!("log.level: {problem}"))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);

@@ -11,6 +11,8 @@
 mod argument;
 mod coerce;
 mod failed;
+#[cfg(test)]
+mod fuzz;
 mod info;
 mod rendered;
 mod reply;
@@ -117,8 +119,18 @@ fn interrupted(signal: &str, accepted: &Accepted) -> Values {
 }
 
 async fn perform(arguments: &[OsString], accepted: Accepted) -> Values {
-    let read = ArgumentsFile::read(arguments.get(1).map(Path::new)).and_then(|file| {
-        let info = is_info(file.setup.module_name.as_deref(), arguments.first());
+    let file = ArgumentsFile::read(arguments.get(1).map(Path::new));
+    answered(file, arguments.first(), accepted).await
+}
+
+/// The answer to a task that was read, or could not be, by the program of a name.
+async fn answered(
+    file: Result<ArgumentsFile, TaskError>,
+    program: Option<&OsString>,
+    accepted: Accepted,
+) -> Values {
+    let read = file.and_then(|file| {
+        let info = is_info(file.setup.module_name.as_deref(), program);
         let table = if info {
             tables::VM_SNAPSHOT_INFO
         } else {

@@ -198,7 +198,7 @@ pub fn done(spec: &v1::WorkflowSpec, result: &v1::WorkflowResult) -> String {
         ));
     }
     if let Some(ready) = result.guest.as_ref().and_then(|guest| guest.ready)
-        && let Ok(ready) = std::time::Duration::try_from(ready)
+        && let Some(ready) = vmsnap_client::from_wire(ready)
     {
         text.push_str(&format!(
             "; the guest was ready after {}",

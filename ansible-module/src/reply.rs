@@ -22,19 +22,30 @@ static ANSWERED: AtomicBool = AtomicBool::new(false);
 
 /// Writes the answer, unless one was written already, and returns the exit
 /// status that goes with it.
-pub fn answer(mut answer: Map<String, Value>) -> ExitCode {
+pub fn answer(answer: Map<String, Value>) -> ExitCode {
     let failed = answer.get("failed") == Some(&Value::Bool(true));
-    for name in ["changed", "failed"] {
-        if !answer.get(name).is_some_and(Value::is_boolean) {
-            answer.insert(name.to_owned(), Value::Bool(false));
-        }
-    }
-    write_once(&Value::Object(answer));
+    write_once(&whole(answer));
     if failed {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS
     }
+}
+
+/// The answer with what Ansible expects in every one.
+fn whole(mut answer: Map<String, Value>) -> Value {
+    for name in ["changed", "failed"] {
+        if !answer.get(name).is_some_and(Value::is_boolean) {
+            answer.insert(name.to_owned(), Value::Bool(false));
+        }
+    }
+    Value::Object(answer)
+}
+
+/// The line that Ansible reads, with its end.
+#[cfg(test)]
+pub fn answer_line(answer: Map<String, Value>) -> String {
+    line_of(&whole(answer))
 }
 
 /// Writes what is asked for by a person or a test rather than by Ansible.
@@ -71,12 +82,17 @@ fn write_once(value: &Value) {
     if ANSWERED.swap(true, Ordering::SeqCst) {
         return;
     }
-    let mut line = ascii(&value.to_string());
-    line.push('\n');
+    let line = line_of(value);
     let mut stdout = std::io::stdout().lock();
     let _ = stdout
         .write_all(line.as_bytes())
         .and_then(|()| stdout.flush());
+}
+
+fn line_of(value: &Value) -> String {
+    let mut line = ascii(&value.to_string());
+    line.push('\n');
+    line
 }
 
 /// The same JSON without a character outside ASCII. Those stand only inside

@@ -84,7 +84,15 @@ impl ArgumentsFile {
             Ok(content) => content,
             Err(source) => return Err(TaskError::Unreadable { path, source }),
         };
-        match serde_json::from_slice(&content) {
+        Self::understand(path, &content)
+    }
+
+    /// Understands the content of the file at `path`.
+    ///
+    /// # Errors
+    /// [`TaskError::NotAnObject`].
+    pub fn understand(path: PathBuf, content: &[u8]) -> Result<Self, TaskError> {
+        match serde_json::from_slice(content) {
             Ok(Value::Object(all)) => Ok(Self::sort(path, all)),
             Ok(_) => Err(TaskError::NotAnObject { path, source: None }),
             Err(source) => Err(TaskError::NotAnObject {

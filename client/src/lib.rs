@@ -17,4 +17,4 @@ pub use client::{Client, ConnectOptions};
 pub use endpoint::{DEFAULT_SOCKET, ENDPOINT_VARIABLE, Endpoint, EndpointError, EndpointFault};
 pub use error::Error;
 pub use failure::{Failure, Violation};
-pub use run::{Connection, Finished, REATTACH_WITHIN, RunOptions, RunStream, to_wire};
+pub use run::{Connection, Finished, REATTACH_WITHIN, RunOptions, RunStream, from_wire, to_wire};

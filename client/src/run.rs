@@ -465,3 +465,10 @@ pub fn to_wire(duration: Duration) -> WireDuration {
         nanos: i32::try_from(duration.subsec_nanos()).unwrap_or_default(),
     }
 }
+
+/// A duration of the wire; `None` when it is negative, which none is.
+#[must_use]
+pub fn from_wire(duration: prost_types::Duration) -> Option<Duration> {
+    let seconds = u64::try_from(duration.seconds).ok()?;
+    Some(Duration::new(seconds, u32::try_from(duration.nanos).ok()?))
+}

@@ -1,4 +1,4 @@
-//! `cargo xtask`: set-up, demo, test, bench and package.
+//! `cargo xtask`: set-up, demo, test, fuzz, bench and package.
 //!
 //! Invariants: depends on no crate of the workspace and calls cargo for the
 //! rest; works from any folder, as root or as a user with sudo, and twice in a
@@ -6,6 +6,7 @@
 
 mod apt;
 mod bench;
+mod fuzz;
 mod package;
 mod python;
 mod run;
@@ -43,6 +44,12 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         runner: Vec<String>,
     },
+    /// Feed inputs at random to whatever reads them; ends with their number.
+    Fuzz {
+        /// How many inputs, of all classes together.
+        #[arg(long, default_value_t = 100_000)]
+        inputs: u64,
+    },
     /// Measure what every task pays, size and start of the programs, and lists of
     /// many snapshots beside virsh.
     Bench,
@@ -61,6 +68,7 @@ fn main() -> ExitCode {
         Verb::Setup => Ok(()),
         Verb::Demo => demo(),
         Verb::Test { runner } => test(&runner),
+        Verb::Fuzz { inputs } => build().and_then(|()| fuzz::run(inputs)),
         Verb::Bench => bench::run(),
         Verb::Package { native: false } => package::publish(),
         Verb::Package { native: true } => build().and_then(|()| package::install_native()),

@@ -30,6 +30,8 @@ mod snapshot;
 mod snapshot_xml;
 mod stamp;
 mod storage;
+#[cfg(test)]
+mod xml_fuzz;
 
 pub use block::{BlockJob, BlockJobKind};
 pub use connection::{HostInfo, Hypervisor, LinkStatus};

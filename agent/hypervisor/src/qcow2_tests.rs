@@ -1,6 +1,7 @@
 use std::cell::Cell;
 
 use proptest::prelude::*;
+use vmsnap_fuzz::Class;
 
 use super::*;
 
@@ -252,22 +253,30 @@ fn bounded(found: &Found) {
     }
 }
 
-proptest! {
-    #[test]
-    fn no_bytes_make_it_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..6_000), magic: bool) {
+#[test]
+fn no_bytes_make_it_panic() {
+    let inputs = (
+        proptest::collection::vec(any::<u8>(), 0..6_000),
+        any::<bool>(),
+    );
+    Class::new("qcow2, bytes", 60).check(&inputs, |(mut bytes, magic)| {
         if magic && bytes.len() >= 4 {
             bytes[..4].copy_from_slice(&MAGIC);
         }
         bounded(&read(&bytes).unwrap());
-    }
+        Ok(())
+    });
+}
 
-    #[test]
-    fn no_damage_to_an_image_makes_it_panic(
-        version in 2_u32..=3,
-        changes in proptest::collection::vec((0..2_000_usize, any::<u8>()), 1..12),
-        fields in proptest::collection::vec((0..26_usize, any::<u32>()), 0..3),
-        cut in proptest::option::of(0..2_000_usize),
-    ) {
+#[test]
+fn no_damage_to_an_image_makes_it_panic() {
+    let inputs = (
+        2_u32..=3,
+        proptest::collection::vec((0..2_000_usize, any::<u8>()), 1..12),
+        proptest::collection::vec((0..26_usize, any::<u32>()), 0..3),
+        proptest::option::of(0..2_000_usize),
+    );
+    Class::new("qcow2, damaged", 120).check(&inputs, |(version, changes, fields, cut)| {
         let mut bytes = image(version, "base", "qcow2", &one());
         for (at, byte) in changes {
             let at = at % bytes.len();
@@ -280,8 +289,11 @@ proptest! {
             bytes.truncate(cut);
         }
         bounded(&read(&bytes).unwrap());
-    }
+        Ok(())
+    });
+}
 
+proptest! {
     #[test]
     fn names_are_read_as_they_were_written(
         version in 2_u32..=3,

@@ -10,7 +10,7 @@ mod known_issues;
 mod paging;
 mod reply;
 mod server;
-mod spec;
+pub mod spec;
 mod workflow;
 
 pub use server::{Bound, Endpoints};

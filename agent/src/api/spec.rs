@@ -16,6 +16,9 @@ use crate::planning::{
     },
 };
 
+/// The longest `google.protobuf.Duration`, as its definition has it.
+const LONGEST: Duration = Duration::from_secs(315_576_000_000);
+
 /// Gathers what is malformed.
 #[derive(Default)]
 struct Problems(Vec<Violation>);
@@ -29,18 +32,10 @@ impl Problems {
     }
 
     fn duration(&mut self, field: &str, value: Option<prost_types::Duration>) -> Option<Duration> {
-        let value = value?;
-        match Duration::try_from(value) {
+        match duration(value?) {
             Ok(duration) => Some(duration),
-            Err(_) => {
-                self.note(
-                    field,
-                    format!(
-                        "{}.{:09} s is negative; a time from 0 on is needed",
-                        value.seconds,
-                        value.nanos.abs()
-                    ),
-                );
+            Err(problem) => {
+                self.note(field, problem);
                 None
             }
         }
@@ -63,6 +58,31 @@ impl Problems {
             }
         }
     }
+}
+
+/// A time from the wire: from 0 on, and one that a clock can add to the present.
+///
+/// # Errors
+/// A sentence that names the value and what would be right.
+pub fn duration(value: prost_types::Duration) -> Result<Duration, String> {
+    let shown = || format!("{} s and {} ns", value.seconds, value.nanos);
+    // By hand: the conversion of prost-types negates, and the smallest number
+    // has no opposite.
+    let (Ok(seconds), Ok(nanos)) = (u64::try_from(value.seconds), u32::try_from(value.nanos))
+    else {
+        return Err(format!(
+            "{} is negative; a time from 0 on is needed",
+            shown()
+        ));
+    };
+    let duration = Duration::new(seconds, nanos);
+    if duration > LONGEST {
+        return Err(format!(
+            "{} is longer than 10000 years; less is needed",
+            shown()
+        ));
+    }
+    Ok(duration)
 }
 
 /// A request from the wire.
@@ -428,6 +448,19 @@ mod tests {
         ] {
             let first = request(Some(wire(action))).unwrap();
             assert_eq!(request(Some(spec(&first))).unwrap(), first);
+        }
+    }
+
+    #[test]
+    fn a_time_that_no_clock_can_add_is_named_and_so_is_the_smallest_number() {
+        for (seconds, nanos) in [(i64::MAX, 0), (0, i32::MIN), (i64::MIN, i32::MIN)] {
+            let mut spec = wire(v1::Action::Revert);
+            spec.revert = Some(v1::RevertOptions {
+                wait_timeout: Some(prost_types::Duration { seconds, nanos }),
+                ..v1::RevertOptions::default()
+            });
+            let fault = request(Some(spec)).unwrap_err();
+            assert_eq!(fault.violations[0].field, "revert.wait_timeout");
         }
     }
 

@@ -71,14 +71,9 @@ impl WorkflowService for Service {
         bounded("plan_hash", &message.plan_hash, ID_MOST)?;
         let timeout = message
             .timeout
-            .map(Duration::try_from)
+            .map(spec::duration)
             .transpose()
-            .map_err(|_| {
-                failed(Fault::bad_field(
-                    "timeout",
-                    "is negative; a time above 0 is needed",
-                ))
-            })?;
+            .map_err(|problem| failed(Fault::bad_field("timeout", problem)))?;
         let asked = spec::request(message.spec).map_err(failed)?;
         let how = Submission {
             request_id: message.request_id,

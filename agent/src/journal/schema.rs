@@ -151,8 +151,10 @@ fn examine(db: &Connection, shown: &str) -> Result<i64, JournalError> {
             known,
         });
     }
+    // Not the quick one, which passes over indexes: a damaged one would hide an
+    // interrupted run, and with it a guest that is held.
     let check: String = db
-        .pragma_query_value(None, "quick_check", |row| row.get(0))
+        .pragma_query_value(None, "integrity_check", |row| row.get(0))
         .map_err(wrong)?;
     if check != "ok" {
         return Err(JournalError::Damaged {

@@ -200,7 +200,8 @@ impl RawRun {
                 .map(|text| from_json(&row, &text))
                 .transpose()?,
             fault: self.fault.map(|text| from_json(&row, &text)).transpose()?,
-            last_sequence: u64::try_from(self.last_sequence).unwrap_or(0),
+            last_sequence: u64::try_from(self.last_sequence)
+                .map_err(|_| Error::Value(row, format!("last record {}", self.last_sequence)))?,
             id: self.id,
             request_id: self.request_id,
             plan_hash: self.plan_hash,
@@ -287,16 +288,45 @@ pub fn records(db: &mut Connection, run: &str, from: u64) -> Result<Vec<Stamped>
             row.get::<_, String>(2)?,
         ))
     })?;
-    rows.map(|row| {
+    let mut next = from.max(1);
+    let mut found = Vec::new();
+    for row in rows {
         let (sequence, at, body) = row?;
         let name = format!("records.{run}.{sequence}");
-        Ok(Stamped {
+        whole(run, next, sequence)?;
+        next = sequence.saturating_add(1);
+        found.push(Stamped {
             sequence: u64::try_from(sequence).unwrap_or(0),
             time: time(&name, at)?,
             record: from_json(&name, &body)?,
-        })
-    })
-    .collect()
+        });
+    }
+    let last: Option<i64> = db
+        .query_row(
+            "SELECT last_sequence FROM runs WHERE id = ?1",
+            [run],
+            |row| row.get(0),
+        )
+        .optional()?;
+    // A caller may ask from beyond the last one on.
+    if let Some(last) = last
+        && last >= next
+    {
+        whole(run, next, last.saturating_add(1))?;
+    }
+    Ok(found)
+}
+
+/// Records are numbered without gaps: where the next one has another number,
+/// some are lost.
+fn whole(run: &str, expected: i64, found: i64) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::Value(
+        format!("records.{run}"),
+        format!("record {expected} is expected and {found} was found"),
+    ))
 }
 
 pub fn record_snapshot(

@@ -1,6 +1,7 @@
 //! What holds for every plan, whatever was asked and whatever is found.
 
 mod creating;
+mod fuzz;
 mod issues;
 mod merging;
 mod retention;

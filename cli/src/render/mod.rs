@@ -87,7 +87,7 @@ fn moment(time: &WireTimestamp) -> Option<Timestamp> {
 pub fn took(duration: Option<&WireDuration>) -> String {
     format_duration(
         duration
-            .map(|d| Duration::try_from(*d).unwrap_or_default())
+            .and_then(|it| vmsnap_client::from_wire(*it))
             .unwrap_or_default(),
     )
 }
