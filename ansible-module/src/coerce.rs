@@ -18,6 +18,9 @@ use crate::argument::{Argument, Kind};
 const YES: &[&str] = &["yes", "y", "on", "true", "t", "1"];
 const NO: &[&str] = &["no", "n", "off", "false", "f", "0"];
 
+/// Longest text that may be a slip for a word of ours, in bytes.
+const LONGEST_SLIP: usize = 255;
+
 /// A value of an option, of the option's kind.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Setting {
@@ -75,13 +78,13 @@ fn not_a_choice(chosen: &str, choices: &[&str]) -> String {
 
 /// The candidate most like `word`, if one is close enough to be a slip.
 pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    // Comparing takes time by the length of the word, and a long one is no slip.
+    if word.len() > LONGEST_SLIP {
+        return None;
+    }
+    let word = word.to_lowercase();
     candidates
-        .map(|candidate| {
-            (
-                strsim::jaro_winkler(&word.to_lowercase(), candidate),
-                candidate,
-            )
-        })
+        .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
         .filter(|(likeness, _)| *likeness > 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, candidate)| candidate)
@@ -280,6 +283,14 @@ mod tests {
                     .ends_with("is not text; quote it")
             );
         }
+    }
+
+    #[test]
+    fn a_very_long_word_is_no_slip_and_takes_no_time() {
+        let since = std::time::Instant::now();
+        let long = "snapshot_name".repeat(1_000_000);
+        assert_eq!(nearest(&long, ["snapshot_name"; 50].into_iter()), None);
+        assert!(since.elapsed() < Duration::from_secs(2));
     }
 
     #[test]

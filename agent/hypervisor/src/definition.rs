@@ -11,6 +11,10 @@ use crate::error::{Error, Fault};
 /// More nodes than any real definition has.
 const NODES: u32 = 200_000;
 
+/// More attributes than any real element has. The parser compares each with all
+/// others of its element, so that a hundred thousand take minutes.
+const ATTRIBUTES: usize = 10_000;
+
 /// What a disk lies on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -216,6 +220,13 @@ impl DomainDefinition {
 
 /// Parses within bounds.
 pub(crate) fn document(xml: &str) -> Result<Document<'_>, Fault> {
+    // `<` stands in no attribute's value, so a piece holds one element at most.
+    let wide = |piece: &str| piece.bytes().filter(|byte| *byte == b'=').count() > ATTRIBUTES;
+    if xml.split('<').any(wide) {
+        return Err(Fault::malformed(format!(
+            "an element with more than {ATTRIBUTES} attributes"
+        )));
+    }
     let options = ParsingOptions {
         allow_dtd: false,
         nodes_limit: NODES,
@@ -447,6 +458,16 @@ mod tests {
        <hostdev mode='subsystem' type='usb'/>
        <interface type='hostdev'/>
       </devices></domain>";
+
+    #[test]
+    fn an_element_with_too_many_attributes_is_refused_before_it_takes_time() {
+        let attributes: String = (0..200_000).map(|at| format!(" a{at}='>'")).collect();
+        let xml = format!("<domain{attributes}><name>a</name></domain>");
+        let since = std::time::Instant::now();
+        let error = DomainDefinition::parse(&xml).unwrap_err();
+        assert!(error.to_string().contains("10000 attributes"), "{error}");
+        assert!(since.elapsed() < std::time::Duration::from_secs(5));
+    }
 
     #[test]
     fn a_definition_tells_disks_chains_firmware_and_what_cannot_be_saved() {

@@ -5,6 +5,7 @@
 
 use std::{
     fs::{File, Permissions},
+    io::Read as _,
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
 };
@@ -12,6 +13,9 @@ use std::{
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::JournalError;
+
+/// How every SQLite database begins.
+const MAGIC: &[u8] = b"SQLite format 3\0";
 
 const MIGRATIONS: &[&str] = &[
     "
@@ -92,6 +96,7 @@ const MIGRATIONS: &[&str] = &[
 pub fn open(path: &Path) -> Result<Connection, JournalError> {
     let shown = path.display().to_string();
     let wrong = |error: rusqlite::Error| classify(&shown, &error);
+    not_cut_off(path)?;
     only_for_owner(path).map_err(|error| JournalError::Io {
         path: shown.clone(),
         what: error.to_string(),
@@ -129,9 +134,55 @@ fn only_for_owner(path: &Path) -> std::io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o600))
 }
 
+/// Refuses a file whose first page is not whole, which SQLite would take for an
+/// empty database and begin anew: with it went what is known of held guests.
+/// Nothing is refused that was never written, nor what SQLite's own rollback
+/// journal brings back.
+fn not_cut_off(path: &Path) -> Result<(), JournalError> {
+    let beside = |ending: &str| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(ending);
+        std::fs::metadata(name).is_ok_and(|file| file.len() > 0)
+    };
+    let damaged = |what: String| {
+        Err(JournalError::Damaged {
+            path: path.display().to_string(),
+            what,
+        })
+    };
+    // What cannot be opened is told by whoever opens it next.
+    let Ok(mut file) = File::open(path) else {
+        return Ok(());
+    };
+    let length = file.metadata().map_or(0, |file| file.len());
+    if beside("-journal") {
+        return Ok(());
+    }
+    if length == 0 {
+        return match beside("-wal") {
+            true => damaged("it is empty, and its -wal file is not".into()),
+            false => Ok(()),
+        };
+    }
+    let mut head = [0; 18];
+    if file.read_exact(&mut head).is_err() || !head.starts_with(MAGIC) {
+        return damaged("it does not begin as a database does".into());
+    }
+    // SQLite writes 65536, which has no form in two bytes, as 1.
+    let page = match u16::from_be_bytes([head[16], head[17]]) {
+        1 => 65_536,
+        size => u64::from(size),
+    };
+    if length < page {
+        return damaged(format!("it is cut off after {length} bytes"));
+    }
+    Ok(())
+}
+
 /// Looks at a database and changes nothing.
 pub fn probe(path: &Path) -> Result<(), JournalError> {
     let shown = path.display().to_string();
+    not_cut_off(path)?;
     let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
         .map_err(|error| classify(&shown, &error))?;
     examine(&db, &shown).map(drop)

@@ -206,5 +206,82 @@ async fn a_begun_merge_is_known_until_it_is_forgotten() {
     assert!(journal.begun_merges("u").await.unwrap().is_empty());
     let finished = journal.finished_merges().await.unwrap();
     assert_eq!(finished.into_iter().collect::<Vec<_>>(), written);
+}
+
+async fn records_that_are_missing_are_an_error_and_not_a_shorter_history() {
+    for gone in [1, 2, 3] {
+        let folder = folder();
+        let path = folder.join("journal.db");
+        let journal = Journal::open(&path).unwrap();
+        journal.begin(row("1")).await.unwrap();
+        for _ in 0..3 {
+            journal.append("1", Record::Recovering).await.unwrap();
+        }
+        let db = Connection::open(&path).unwrap();
+        db.execute("DELETE FROM records WHERE sequence = ?1", [gone])
+            .unwrap();
+        let error = journal.records("1", 0).await.unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains(&format!("record {gone} is expected")),
+            "{error}"
+        );
+        // From beyond the last one on there is nothing to miss.
+        assert!(journal.records("1", 4).await.unwrap().is_empty());
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_index_that_would_hide_an_interrupted_run_is_found_at_the_start() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    journal.begin(row("1")).await.unwrap();
+    drop(journal);
+    // The index of open runs is emptied behind the table's back.
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch(
+        "PRAGMA writable_schema = ON;
+         UPDATE sqlite_schema SET sql = replace(sql, 'IS NULL', 'IS NOT NULL')
+           WHERE name = 'runs_open';
+         PRAGMA writable_schema = RESET;
+         REINDEX runs_open;
+         PRAGMA writable_schema = ON;
+         UPDATE sqlite_schema SET sql = replace(sql, 'IS NOT NULL', 'IS NULL')
+           WHERE name = 'runs_open';
+         PRAGMA writable_schema = RESET;",
+    )
+    .unwrap();
+    drop(db);
+    let error = Journal::open(&path).unwrap_err();
+    assert!(matches!(error, JournalError::Damaged { .. }), "{error}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_journal_that_was_cut_off_is_refused_and_not_begun_anew() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    drop(Journal::open(&path).unwrap());
+    let db = Connection::open(&path).unwrap();
+    db.pragma_update(None, "journal_mode", "DELETE").unwrap();
+    drop(db);
+    let sound = std::fs::read(&path).unwrap();
+    for length in [1, 17, 100, 600, 2_700, 4_095] {
+        std::fs::write(&path, &sound[..length]).unwrap();
+        for error in [
+            Journal::open(&path).unwrap_err(),
+            Journal::probe(&path).unwrap_err(),
+        ] {
+            assert!(matches!(error, JournalError::Damaged { .. }), "{error}");
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), sound[..length]);
+    }
+    std::fs::write(&path, b"").unwrap();
+    std::fs::write(folder.join("journal.db-wal"), b"what was written last").unwrap();
+    let error = Journal::open(&path).unwrap_err();
+    assert!(error.to_string().contains("-wal"), "{error}");
     std::fs::remove_dir_all(folder).unwrap();
 }

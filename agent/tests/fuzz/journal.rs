@@ -195,7 +195,7 @@ fn a_damaged_journal_is_read_whole_or_refused() {
     let runtime = runtime();
     // A journal that was cut to nothing is a new one.
     let inputs = damaged(SOUND.clone()).prop_filter("it is not empty", |bytes| !bytes.is_empty());
-    Class::new("journal, damaged", 30)
+    Class::new("journal, damaged", 40)
         .few(64)
         .check(&inputs, |bytes| {
             let path = folder.journal(&bytes);
@@ -233,7 +233,7 @@ fn garbage_in_a_row_or_another_schema_is_an_error_and_hides_no_run() {
         (1..10_000_usize).prop_map(|deep| "[".repeat(deep)),
     ];
     let inputs = (cells, bodies, numbers(), any::<bool>());
-    Class::new("journal, rows", 20)
+    Class::new("journal, rows", 10)
         .few(64)
         .check(&inputs, |(cell, body, number, first)| {
             let path = folder.journal(&SOUND);
