@@ -194,6 +194,17 @@ fn an_agent_answers_any_call_lives_on_and_leaves_its_vm_as_it_was() -> Result<()
     assert!(methods.len() > 8, "{methods:?}");
     let (was, took) = (seen(&domain)?, memory(&agent)?);
 
+    // A name that libvirt cannot have is the caller's slip.
+    for method in ["InventoryService/GetVm", "InventoryService/ListSnapshots"] {
+        let name = v1::GetVmRequest {
+            vm_name: "a\0b".into(),
+        };
+        let method = format!("/vmsnap.v1.{method}");
+        let refused = runtime.block_on(call(&channel, &method, name.encode_to_vec()));
+        let code = refused.map_err(|status| status.code());
+        assert_eq!(code, Err(Code::InvalidArgument), "{method}");
+    }
+
     let own = on_the_vm(domain.name.clone()).boxed();
     let sound = v1::RunWorkflowRequest {
         spec: Some(v1::WorkflowSpec {

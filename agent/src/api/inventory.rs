@@ -78,6 +78,7 @@ impl InventoryService for Service {
         request: Request<v1::GetVmRequest>,
     ) -> Result<Response<v1::GetVmResponse>, Status> {
         let name = request.into_inner().vm_name;
+        workflow::named("vm_name", &name)?;
         let vm = self.0.observer().named_vm(&name).await.map_err(failed)?;
         Ok(Response::new(v1::GetVmResponse {
             vm: Some(reply::vm(&vm)),
@@ -89,6 +90,7 @@ impl InventoryService for Service {
         request: Request<v1::ListSnapshotsRequest>,
     ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
         let message = request.into_inner();
+        workflow::named("vm_name", &message.vm_name)?;
         let observer = self.0.observer();
         let vms = match message.vm_name.as_str() {
             "" => observer.vms_with_snapshots().await.map_err(failed)?,
@@ -137,6 +139,7 @@ impl InventoryService for Service {
         request: Request<v1::ListVolumesRequest>,
     ) -> Result<Response<v1::ListVolumesResponse>, Status> {
         let message = request.into_inner();
+        workflow::named("pool", &message.pool)?;
         let pool = if message.pool.is_empty() {
             DEFAULT_POOL
         } else {

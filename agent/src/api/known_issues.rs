@@ -108,6 +108,7 @@ impl KnownIssueService for Service {
         request: Request<v1::ListKnownIssuesRequest>,
     ) -> Result<Response<v1::ListKnownIssuesResponse>, Status> {
         let message = request.into_inner();
+        workflow::named("vm_name", &message.vm_name)?;
         let all = self.known(&message.vm_name).await.map_err(failed)?;
         let (issues, next_page_token) = paging::of_list(
             all,

@@ -10,7 +10,7 @@ use super::{caller, errors, paging, reply, spec};
 use crate::{
     flow::Record,
     journal::{RunFilter, RunStatus},
-    planning::{Fault, request::Action},
+    planning::{Fault, names, request::Action},
     workflows::{Event, Submission, Workflows},
 };
 
@@ -39,6 +39,12 @@ fn bounded(field: &str, value: &str, most: usize) -> Result<(), Status> {
         )));
     }
     Ok(())
+}
+
+/// A name that refers to something, or is empty where all are meant: what libvirt
+/// cannot have as a name is the caller's slip, and is named as one.
+pub fn named(field: &str, name: &str) -> Result<(), Status> {
+    names::check_reference(name).map_err(|problem| failed(Fault::bad_field(field, problem)))
 }
 
 /// Page size within bounds.
@@ -232,6 +238,7 @@ impl WorkflowService for Service {
         request: Request<v1::ListGuardsRequest>,
     ) -> Result<Response<v1::ListGuardsResponse>, Status> {
         let vm = request.into_inner().vm_name;
+        named("vm_name", &vm)?;
         let open = self
             .0
             .journal()
