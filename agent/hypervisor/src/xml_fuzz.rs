@@ -233,7 +233,7 @@ fn no_values_in_xml_make_a_reader_fail_otherwise_than_by_an_error() {
 #[test]
 fn no_hostile_xml_takes_time_or_stack() {
     Class::new("xml, hostile", 10)
-        .few(128)
+        .few(32)
         .check(&hostile(), |xml| read(&xml));
 }
 

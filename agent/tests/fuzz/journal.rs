@@ -177,7 +177,7 @@ fn a_file_that_is_no_journal_is_refused_and_left_as_it_is() {
         }
     });
     Class::new("journal, bytes", 20)
-        .few(64)
+        .few(32)
         .check(&inputs, |bytes| {
             let path = folder.journal(&bytes);
             match runtime.block_on(read(&path)) {
@@ -196,7 +196,7 @@ fn a_damaged_journal_is_read_whole_or_refused() {
     // A journal that was cut to nothing is a new one.
     let inputs = damaged(SOUND.clone()).prop_filter("it is not empty", |bytes| !bytes.is_empty());
     Class::new("journal, damaged", 40)
-        .few(64)
+        .few(32)
         .check(&inputs, |bytes| {
             let path = folder.journal(&bytes);
             whole_or_clear(&runtime, &path)
@@ -234,7 +234,7 @@ fn garbage_in_a_row_or_another_schema_is_an_error_and_hides_no_run() {
     ];
     let inputs = (cells, bodies, numbers(), any::<bool>());
     Class::new("journal, rows", 10)
-        .few(64)
+        .few(32)
         .check(&inputs, |(cell, body, number, first)| {
             let path = folder.journal(&SOUND);
             let db = Connection::open(&path).unwrap();
