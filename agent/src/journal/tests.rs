@@ -206,8 +206,10 @@ async fn a_begun_merge_is_known_until_it_is_forgotten() {
     assert!(journal.begun_merges("u").await.unwrap().is_empty());
     let finished = journal.finished_merges().await.unwrap();
     assert_eq!(finished.into_iter().collect::<Vec<_>>(), written);
+    std::fs::remove_dir_all(folder).unwrap();
 }
 
+#[tokio::test]
 async fn records_that_are_missing_are_an_error_and_not_a_shorter_history() {
     for gone in [1, 2, 3] {
         let folder = folder();
@@ -264,8 +266,7 @@ async fn a_damaged_index_that_would_hide_an_interrupted_run_is_found_at_the_star
 async fn a_journal_that_was_cut_off_is_refused_and_not_begun_anew() {
     let folder = folder();
     let path = folder.join("journal.db");
-    drop(Journal::open(&path).unwrap());
-    let db = Connection::open(&path).unwrap();
+    let db = schema::open(&path).unwrap();
     db.pragma_update(None, "journal_mode", "DELETE").unwrap();
     drop(db);
     let sound = std::fs::read(&path).unwrap();
