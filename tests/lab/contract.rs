@@ -440,6 +440,10 @@ impl<'a> Stage<'a> {
         let output = caller
             .join()
             .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
+        ensure!(
+            matches!(fault, Fault::Record(_)) || self.agent.log().contains("failpoint reached"),
+            "the run did not come to this place"
+        );
         if let Fault::Effect("lands late", ..) = fault {
             // Whatever was late has landed then.
             thread::sleep(Duration::from_millis(u64::from(LATE)));

@@ -67,6 +67,7 @@ pub(crate) fn effect<T>(
     let Some(wanted) = at(&format!("effect.{}", operation.replace(' ', "_"))) else {
         return work();
     };
+    tracing::warn!(operation, wanted, "failpoint reached");
     let mut words = wanted.split(' ');
     let verb = words.next().unwrap_or_default();
     let mut number = || {
