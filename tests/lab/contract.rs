@@ -836,10 +836,15 @@ pub fn run_contract(lab: &Lab, choice: &Choice) -> Result<Report> {
                     let mut killed = false;
                     for (at, (fault, always)) in cells.into_iter().enumerate() {
                         let daemon = fault.column() == "libvirtd killed";
-                        // Each libvirtd is killed once an action: at its last effect but the
-                        // readings around it.
-                        let reads = matches!(&fault, Fault::Effect(_, operation, _) if operation == "refresh");
-                        if reads || daemon && (killed || scenario.guest) {
+                        // libvirtd is killed once an action, in what is neither a hold nor a
+                        // refreshed pool.
+                        let operation = match &fault {
+                            Fault::Effect(_, operation, _) => operation.as_str(),
+                            Fault::Record(_) => "",
+                        };
+                        let reads = operation == "refresh";
+                        let hold = matches!(operation, "freeze" | "suspend" | "resume" | "thaw");
+                        if reads || daemon && (killed || hold || scenario.guest) {
                             continue;
                         }
                         killed |= daemon;
@@ -897,7 +902,18 @@ fn cell(
     daemons: Option<&mut OwnedLab>,
 ) -> Result<(Vec<String>, Option<Duration>)> {
     on_domain(lab, scenario, |mut stage| {
-        let (output, recovery) = stage.broken(fault, daemons)?;
-        Ok((stage.judged(&output)?, recovery))
+        let broken = stage.broken(fault, daemons);
+        let judged = broken.and_then(|(output, recovery)| Ok((stage.judged(&output)?, recovery)));
+        let (mut wrong, recovery) = match judged {
+            Ok(judged) => judged,
+            Err(problem) => (vec![format!("{problem:#}")], None),
+        };
+        if !wrong.is_empty() {
+            let log = stage.agent.log();
+            let from = log.rfind("run begins").unwrap_or_default();
+            let tail: Vec<&str> = log[from..].lines().take(40).collect();
+            wrong.push(format!("the agent said:\n{}", tail.join("\n")));
+        }
+        Ok((wrong, recovery))
     })
 }
