@@ -35,6 +35,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let _set = vmsnap_hypervisor::failpoint::from_environment();
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Command::Version => {

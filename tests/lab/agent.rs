@@ -172,6 +172,12 @@ impl Agent {
         }
     }
 
+    /// Whether it ended by itself.
+    pub fn ended(&mut self) -> bool {
+        let child = self.child.as_mut();
+        child.is_none_or(|child| matches!(child.try_wait(), Ok(Some(_))))
+    }
+
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {

@@ -17,6 +17,7 @@ pub mod blank;
 pub mod cli;
 pub mod closed;
 pub mod command;
+pub mod contract;
 pub mod domain;
 pub mod guest;
 pub mod herd;

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use vmsnap_tests::{
     OwnedLab,
+    contract::{Choice, run_contract},
     image::Image,
     wait::{INTERRUPT, interrupted},
 };
@@ -43,6 +44,18 @@ enum Verb {
         #[arg(long, default_value_t = 20)]
         snapshots: usize,
     },
+    /// Break every action at every place and see what is left.
+    Soak {
+        /// One place in twelve, and all of holds and points of no return.
+        #[arg(long)]
+        short: bool,
+        /// Which of them.
+        #[arg(long, default_value_t = 0)]
+        seed: usize,
+        /// Only scenarios whose name holds this.
+        #[arg(long, default_value = "")]
+        only: String,
+    },
     /// The main job, from a snapshot to its clean-up, on a real guest.
     Demo,
 }
@@ -63,6 +76,11 @@ fn main() -> ExitCode {
         Verb::Up { guests, command } => up(guests, &command),
         Verb::Bench { vms, snapshots } => bench::run(vms, snapshots).map(|()| 0),
         Verb::Demo => demo::run(),
+        Verb::Soak { short, seed, only } => soak(Choice {
+            one_in: if short { 12 } else { 1 },
+            seed,
+            only,
+        }),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -91,6 +109,14 @@ fn up(guests: u32, words: &[String]) -> Result<u8> {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+#[expect(clippy::print_stdout, reason = "the matrix is what was asked for")]
+fn soak(choice: Choice) -> Result<u8> {
+    let owned = OwnedLab::start(2)?;
+    let report = run_contract(&owned.lab, &choice)?;
+    println!("{}", report.text());
+    Ok(u8::from(!report.failures().is_empty()))
 }
 
 #[expect(clippy::print_stderr, reason = "problems go to stderr")]

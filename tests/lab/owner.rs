@@ -83,24 +83,9 @@ impl OwnedLab {
             lab.own(&path)?;
         }
         for daemon in ["virtlogd", "libvirtd"] {
-            let program = paths::program(daemon)
-                .with_context(|| format!("{daemon} is missing: cargo xtask setup installs it"))?;
-            let log = fs::File::create(lab.folder.join(format!("{daemon}.log")))?;
-            let child = lab
-                .command(program)
-                .stdin(Stdio::null())
-                .stdout(log.try_clone()?)
-                .stderr(log)
-                .process_group(0)
-                .spawn()
-                .with_context(|| format!("{daemon} cannot be started"))?;
-            self.daemons.push(child);
+            self.daemons.push(daemon_of(&lab, daemon)?);
         }
-        eventually_some(
-            Duration::from_secs(60),
-            "answer of the private libvirt daemon",
-            || lab.virsh(["version"]).map(Some),
-        )?;
+        answers(&lab)?;
         let images = lab.images();
         lab.virsh([
             "pool-define-as".as_ref(),
@@ -114,6 +99,30 @@ impl OwnedLab {
         guest::boot(&lab, image)
     }
 
+    /// Process id of its libvirtd.
+    #[must_use]
+    pub fn libvirtd(&self) -> Option<u32> {
+        self.daemons.last().map(Child::id)
+    }
+
+    /// Whether its libvirtd ended.
+    pub fn libvirtd_ended(&mut self) -> bool {
+        let daemon = self.daemons.last_mut();
+        daemon.is_none_or(|daemon| matches!(daemon.try_wait(), Ok(Some(_))))
+    }
+
+    /// Starts its libvirtd again after it ended, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_libvirtd(&mut self) -> Result<()> {
+        let started = daemon_of(&self.lab, "libvirtd")?;
+        if let Some(last) = self.daemons.last_mut() {
+            *last = started;
+        }
+        answers(&self.lab)
+    }
+
     /// A command with the lab's folder in its environment.
     pub fn with(&self, program: &str, arguments: &[String]) -> Command {
         let mut command = Command::new(program);
@@ -122,6 +131,30 @@ impl OwnedLab {
             .env(crate::domain::LAB, &self.lab.folder);
         command
     }
+}
+
+fn daemon_of(lab: &Lab, daemon: &str) -> Result<Child> {
+    let program = paths::program(daemon)
+        .with_context(|| format!("{daemon} is missing: cargo xtask setup installs it"))?;
+    let log = fs::File::options()
+        .create(true)
+        .append(true)
+        .open(lab.folder.join(format!("{daemon}.log")))?;
+    lab.command(program)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("{daemon} cannot be started"))
+}
+
+fn answers(lab: &Lab) -> Result<()> {
+    eventually_some(
+        Duration::from_secs(60),
+        "answer of the private libvirt daemon",
+        || lab.virsh(["version"]).map(drop).map(Some),
+    )
 }
 
 impl Drop for OwnedLab {

@@ -1,4 +1,4 @@
-//! `cargo xtask`: set-up, demo, test, fuzz, bench and package.
+//! `cargo xtask`: set-up, demo, test, fuzz, soak, bench and package.
 //!
 //! Invariants: depends on no crate of the workspace and calls cargo for the
 //! rest; works from any folder, as root or as a user with sudo, and twice in a
@@ -50,6 +50,19 @@ enum Verb {
         #[arg(long, default_value_t = 100_000)]
         inputs: u64,
     },
+    /// Break every action at every place, and judge what is left; the last line
+    /// counts cells, runs and failures (see docs/contract.md).
+    Soak {
+        /// One place in twelve, and all of holds and points of no return.
+        #[arg(long)]
+        short: bool,
+        /// Which of them.
+        #[arg(long, default_value_t = 0)]
+        seed: usize,
+        /// Only scenarios whose name holds this, such as "revert".
+        #[arg(long, default_value = "")]
+        only: String,
+    },
     /// Measure what every task pays, size and start of the programs, and lists of
     /// many snapshots beside virsh.
     Bench,
@@ -69,6 +82,8 @@ fn main() -> ExitCode {
         Verb::Demo => demo(),
         Verb::Test { runner } => test(&runner),
         Verb::Fuzz { inputs } => build().and_then(|()| fuzz::run(inputs)),
+    },
+        Verb::Soak { short, seed, only } => soak(short, seed, &only),
         Verb::Bench => bench::run(),
         Verb::Package { native: false } => package::publish(),
         Verb::Package { native: true } => build().and_then(|()| package::install_native()),
@@ -106,6 +121,16 @@ fn demo() -> Result<()> {
     // In our place, so that Ctrl-C reaches it and the shell waits for its
     // clean-up.
     replace("demo", command(target().join("debug/vmsnap-lab"), ["demo"]))
+}
+
+fn soak(short: bool, seed: usize, only: &str) -> Result<()> {
+    build()?;
+    let mut lab = command(target().join("debug/vmsnap-lab"), ["soak"]);
+    lab.args(["--seed", &seed.to_string(), "--only", only]);
+    if short {
+        lab.arg("--short");
+    }
+    replace("soak", lab)
 }
 
 fn test(runner: &[String]) -> Result<()> {

@@ -28,6 +28,10 @@ pub trait Step: Clone + fmt::Debug + Send + Sync + Serialize + DeserializeOwned 
     fn releases(&self) -> Option<Hold>;
     /// Whether there is no way back behind this step.
     fn point_of_no_return(&self) -> bool;
+    /// Whether this step is owed once `behind`, a point of no return before it,
+    /// is done: it is then taken however the run ends, as the guest would
+    /// otherwise be left halfway. Such a step may be taken twice.
+    fn owed_after(&self, behind: &Self) -> bool;
 }
 
 /// The types of one kind of workflow.

@@ -1,4 +1,5 @@
-//! Takes the steps of a plan, undoes them when one fails, and closes the run.
+//! Takes the steps of a plan, undoes them when one fails, takes what is owed
+//! behind a point of no return, and closes the run.
 //!
 //! Invariants: a record is on disk before the effect it announces; once the
 //! log fails, no new effect begins, but holds are still released, because a
@@ -189,6 +190,17 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
                 return self.abandon(lost).await;
             }
         }
+        for index in self.state.owed() {
+            if let Err(lost) = self.write(Record::UndoStarted { index }).await {
+                return self.abandon(lost).await;
+            }
+            let outcome = self.settle(index, &F::steps(&plan)[index]).await;
+            stuck |= outcome.is_err();
+            let written = self.write(Record::UndoFinished { index, outcome }).await;
+            if let Err(lost) = written {
+                return self.abandon(lost).await;
+            }
+        }
         self.write_notices().await?;
         let closing = if stuck { Closing::Stuck } else { closing };
         self.close(closing, None, Some(fault)).await
@@ -204,6 +216,28 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
                     attempt += 1;
                 }
                 outcome => return outcome,
+            }
+        }
+    }
+
+    /// Takes a step that is owed, although the run does not go on.
+    async fn settle(&self, index: usize, step: &F::Step) -> Result<String, F::Fault> {
+        let done = self.state.done();
+        let mut attempt = 1;
+        loop {
+            match self
+                .perform
+                .perform(index, step, &done, &Cancel::default())
+                .await
+            {
+                Err(_) if attempt < UNDO_ATTEMPTS => {
+                    tokio::time::sleep(undo_pause(attempt)).await;
+                    attempt += 1;
+                }
+                Err(fault) => return Err(fault),
+                Ok(_) => {
+                    return Ok("it was done, as what came before it cannot be undone".to_owned());
+                }
             }
         }
     }

@@ -140,10 +140,8 @@ impl<F: Flow> RunState<F> {
             return Vec::new();
         };
         let steps = F::steps(plan);
-        let behind = (0..steps.len()).rev().find(|index| {
-            steps[*index].point_of_no_return()
-                && matches!(self.steps[*index], StepState::Finished(_))
-        });
+        let behind = self.behind(steps);
+        let owed = self.owed();
         let open = self.open_holds();
         (0..steps.len())
             .rev()
@@ -154,7 +152,39 @@ impl<F: Flow> RunState<F> {
                 let only_holds =
                     steps[*index].takes().is_some() && steps[*index].releases().is_none();
                 open.iter().any(|(held, _)| held == index)
-                    || (!only_holds && behind.is_none_or(|behind| *index > behind))
+                    || (!only_holds
+                        && !owed.contains(index)
+                        && behind.is_none_or(|behind| *index > behind))
+            })
+            .collect()
+    }
+
+    /// The last point of no return that is done.
+    fn behind(&self, steps: &[F::Step]) -> Option<usize> {
+        (0..steps.len()).rev().find(|index| {
+            steps[*index].point_of_no_return()
+                && matches!(self.steps[*index], StepState::Finished(_))
+        })
+    }
+
+    /// The steps that a run which does not go on still has to take, in order,
+    /// because what came before them cannot be undone.
+    #[must_use]
+    pub fn owed(&self) -> Vec<usize> {
+        let Some(plan) = &self.plan else {
+            return Vec::new();
+        };
+        let steps = F::steps(plan);
+        let Some(behind) = self.behind(steps) else {
+            return Vec::new();
+        };
+        (behind + 1..steps.len())
+            .filter(|index| {
+                let open = matches!(
+                    self.steps[*index],
+                    StepState::Pending | StepState::Started | StepState::Failed
+                );
+                open && steps[*index].owed_after(&steps[behind])
             })
             .collect()
     }
@@ -214,22 +244,29 @@ impl<F: Flow> RunState<F> {
                 _ => return Err(illegal("step_failed", "the step is not going on")),
             },
             Record::UndoStarted { index } => match self.steps.get(*index) {
+                Some(StepState::Pending) if self.owed().contains(index) => {
+                    self.phase = Phase::Undoing;
+                }
                 Some(StepState::Pending) | None => {
                     return Err(illegal("undo_started", "the step was never begun"));
                 }
                 Some(_) => self.phase = Phase::Undoing,
             },
-            Record::UndoFinished { index, outcome } => match self.steps.get_mut(*index) {
-                Some(StepState::Pending) | None => {
-                    return Err(illegal("undo_finished", "the step was never begun"));
-                }
-                Some(step) => {
-                    *step = match outcome {
-                        Ok(_) => StepState::Undone,
-                        Err(_) => StepState::UndoFailed,
+            Record::UndoFinished { index, outcome } => {
+                let owed = self.owed().contains(index);
+                match self.steps.get_mut(*index) {
+                    Some(StepState::Pending) if !owed => {
+                        return Err(illegal("undo_finished", "the step was never begun"));
+                    }
+                    None => return Err(illegal("undo_finished", "the plan has no such step")),
+                    Some(step) => {
+                        *step = match outcome {
+                            Ok(_) => StepState::Undone,
+                            Err(_) => StepState::UndoFailed,
+                        }
                     }
                 }
-            },
+            }
             Record::Closed { closing, fault, .. } => {
                 if let Some(fault) = fault {
                     self.fault.get_or_insert_with(|| fault.clone());

@@ -17,6 +17,7 @@ enum Act {
     Release,
     Work,
     Pivot,
+    Owed,
 }
 
 impl Step for Act {
@@ -31,6 +32,9 @@ impl Step for Act {
     }
     fn point_of_no_return(&self) -> bool {
         *self == Act::Pivot
+    }
+    fn owed_after(&self, _: &Self) -> bool {
+        *self == Act::Owed
     }
 }
 
@@ -254,4 +258,33 @@ fn a_record_after_the_end_is_illegal() {
     records.push(Record::StepStarted { index: 0 });
     let illegal = RunState::fold(&records).unwrap_err();
     assert_eq!(illegal.because, "the run is closed");
+}
+
+#[test]
+fn a_step_that_is_owed_behind_a_point_of_no_return_is_taken_wherever_the_run_was_interrupted() {
+    let plan = [Act::Pivot, Act::Work, Act::Owed];
+    let whole = Lines::default();
+    run(&plan, &World::default(), &whole).unwrap();
+    let whole = whole.records.into_inner().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    for left in 1..whole.len() {
+        let state = RunState::fold(&whole[..left]).unwrap();
+        let pivoted = state.done()[0].is_some();
+        let taken = state.done()[2].is_some();
+        let world = World::default();
+        let lines = Lines::default();
+        let run = Run::new(state, &world, &lines, Cancel::default());
+        let closing = runtime.block_on(run.recover("interrupted".into())).unwrap();
+        assert_eq!(closing, Closing::Failed);
+        let effects = world.effects.lock().unwrap().clone();
+        let wanted: &[usize] = if pivoted && !taken { &[2] } else { &[] };
+        assert_eq!(effects, wanted, "after {left} records");
+        let mut records = whole[..left].to_vec();
+        records.extend(lines.records.into_inner().unwrap());
+        assert!(RunState::fold(&records).is_ok(), "after {left} records");
+    }
 }

@@ -22,6 +22,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tracing::{debug, warn};
 
 use crate::error::{Error, ErrorKind, Fault};
+use crate::failpoint;
 
 const PER_LANE: usize = 4;
 /// In flight in all, without the releases' own four.
@@ -206,6 +207,13 @@ impl Lanes {
             }
         };
 
+        if lane != Lane::Read {
+            debug!(
+                operation = call.operation,
+                subject = call.subject,
+                "effect begins"
+            );
+        }
         let ticket = Arc::new(Ticket {
             phase: Mutex::new(Phase::InFlight),
             operation: call.operation,
@@ -213,6 +221,11 @@ impl Lanes {
             gate,
         });
         let (answer, answered) = oneshot::channel();
+        let effect = (lane != Lane::Read).then_some(call.operation);
+        let work = move || match effect {
+            Some(operation) => failpoint::effect(operation, work),
+            None => work(),
+        };
         let job = {
             let (ticket, late, subject) = (ticket.clone(), self.late.clone(), call.subject.clone());
             Box::new(move || {

@@ -18,6 +18,7 @@ mod definition;
 mod domain;
 mod error;
 mod events;
+pub mod failpoint;
 pub mod flush;
 mod guest;
 pub mod image;

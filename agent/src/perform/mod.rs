@@ -131,8 +131,10 @@ impl Performer {
             }
             Step::Start { paused } => self.start(*paused).await.map_err(|fault| {
                 if self.reverts() {
-                    let message =
-                        format!("{}; the revert is done, and the VM is off", fault.message);
+                    let message = format!(
+                        "{}; the revert is done, and the VM did not start",
+                        fault.message
+                    );
                     Fault { message, ..fault }
                 } else {
                     fault

@@ -366,6 +366,15 @@ impl vmsnap_engine::Step for Step {
                 | Self::DeleteFile { .. }
         )
     }
+
+    fn owed_after(&self, behind: &Self) -> bool {
+        // A reverted VM gets its state, and its variables before it.
+        matches!(behind, Self::Revert { .. })
+            && matches!(
+                self,
+                Self::Start { .. } | Self::Stop | Self::RestoreNvram { .. }
+            )
+    }
 }
 
 /// What a step achieved.

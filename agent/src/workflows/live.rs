@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use tokio::sync::{broadcast, watch};
 use vmsnap_engine::{Cancel, Log, LogError};
+use vmsnap_hypervisor::failpoint;
 
 use crate::{
     flow::{Record, Snapshots},
@@ -147,6 +148,9 @@ impl Log<Snapshots> for LiveLog {
             .append(&self.live.id, record)
             .await
             .map_err(|error| LogError(error.to_string()))?;
+        if !self.live.request.action.reads_only() {
+            failpoint::killed_at("journal.record");
+        }
         let sequence = stamped.sequence;
         self.live
             .records
