@@ -82,7 +82,6 @@ fn main() -> ExitCode {
         Verb::Demo => demo(),
         Verb::Test { runner } => test(&runner),
         Verb::Fuzz { inputs } => build().and_then(|()| fuzz::run(inputs)),
-    },
         Verb::Soak { short, seed, only } => soak(short, seed, &only),
         Verb::Bench => bench::run(),
         Verb::Package { native: false } => package::publish(),
