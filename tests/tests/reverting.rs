@@ -1000,7 +1000,7 @@ fn waits_in_vain(
         "--wait-for",
         what,
         "--wait-timeout",
-        "2s",
+        "6s",
     ];
     let cli = agent.vmsnap(&words)?;
     let waited = cli

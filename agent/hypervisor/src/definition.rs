@@ -68,6 +68,10 @@ pub struct DiskDefinition {
     pub snapshot: Option<String>,
     /// The chain below the active image, as far as the XML tells.
     pub backing: Vec<BackingImage>,
+    /// The XML tells what the active image stands on, be it nothing. What it does
+    /// not tell libvirt reads from the image when it needs it.
+    #[serde(default)]
+    pub backing_told: bool,
     /// What an open block job writes besides the active image.
     pub mirror: Option<Mirror>,
 }
@@ -424,6 +428,7 @@ fn disk(disk: Node<'_, '_>) -> Option<DiskDefinition> {
         transient: child(disk, "transient").is_some(),
         snapshot: disk.attribute("snapshot").map(str::to_owned),
         backing,
+        backing_told: child(disk, "backingStore").is_some(),
         mirror: child(disk, "mirror").and_then(|mirror| {
             let kind = source_kind(mirror.attribute("type"));
             Some(Mirror {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use jiff::Timestamp;
 use vmsnap_hypervisor::{
-    SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, Xml, image,
+    DiskSource, SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, Xml, image,
 };
 
 use super::{Observer, Reading, each, vm};
@@ -134,7 +134,7 @@ impl Observer {
         let files = look(active, listed, &records).await;
         let mut all: Vec<Snapshot> = listed
             .iter()
-            .map(|info| fact(info, records.get(&info.name)))
+            .map(|info| fact(info, records.get(&info.name), active))
             .collect();
         sort(&mut all);
         let finished = self.journal.finished_merges().await?;
@@ -205,7 +205,7 @@ impl Observer {
     ) -> Result<Option<(String, String, String)>, Fault> {
         let definition = self.hypervisor.definition(vm, which).await?;
         let listed = self.hypervisor.snapshots(vm).await?;
-        let all: Vec<Snapshot> = listed.iter().map(|info| fact(info, None)).collect();
+        let all: Vec<Snapshot> = listed.iter().map(|info| fact(info, None, &[])).collect();
         Ok(vm::definition(&definition)
             .disks
             .into_iter()
@@ -373,7 +373,7 @@ fn mode_kind(mode: SnapshotMode) -> Option<Kind> {
     }
 }
 
-fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
+fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>, active: &[Disk]) -> Snapshot {
     let data = |target: &str| {
         info.definition
             .as_ref()
@@ -433,8 +433,7 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
             .iter()
             .filter_map(|disk| Some((disk.target.clone(), disk.file.clone()?)))
             .collect(),
-        // libvirt keeps one definition then, and else two.
-        made_off: info.live.is_none(),
+        chain_untold: chain_untold(info, active),
         current: info.is_current,
         health: Health::Whole,
         size: 0,
@@ -446,6 +445,23 @@ fn fact(info: &SnapshotInfo, record: Option<&SnapshotRecord>) -> Snapshot {
         mistaken_for: None,
         guard: None,
     }
+}
+
+/// Whether libvirt's own copy of the VM in a snapshot, which is the live one where
+/// there are two, has an image of which it does not say what it stands on, although
+/// it stands on something.
+fn chain_untold(info: &SnapshotInfo, active: &[Disk]) -> bool {
+    let copy = info.live.as_ref().or(info.definition.as_ref());
+    copy.into_iter().flat_map(|copy| &copy.disks).any(|disk| {
+        let alone = active
+            .iter()
+            .filter_map(|disk| disk.chain.last())
+            .any(|image| Some(&image.path) == disk.path.as_ref());
+        matches!(disk.source, DiskSource::File | DiskSource::Block)
+            && !disk.backing_told
+            && disk.format.as_deref() != Some("raw")
+            && !alone
+    })
 }
 
 /// Drives with media and read-only disks in a snapshot. A revert to memory starts the VM as it ran, so

@@ -35,6 +35,7 @@ struct Kept<'a> {
     backing: &'a [(String, String, String)],
     records: &'a [(String, String)],
     current: Option<&'a str>,
+    overlays: &'a [(String, Vec<String>)],
 }
 
 /// What a failed revert left of the VM.
@@ -101,12 +102,24 @@ impl Performer {
                 records.push((name.clone(), record));
             }
         }
+        let overlays = self
+            .snapshot(&self.plan.snapshot)?
+            .definition
+            .disks
+            .into_iter()
+            .filter_map(|disk| disk.path)
+            .map(|image| {
+                let there = overlays_beside(&image);
+                (image, there)
+            })
+            .collect();
         Ok(Done::Definition {
             xml,
             id: self.hypervisor.domain(self.vm()).await?.id,
             backing,
             records,
             current,
+            overlays,
         })
     }
 
@@ -249,6 +262,7 @@ impl Performer {
             backing,
             records,
             current,
+            overlays,
         }) = done.get(definition).and_then(Option::as_ref)
         else {
             return Ok("the revert never began".into());
@@ -259,9 +273,13 @@ impl Performer {
             backing,
             records,
             current: current.as_deref(),
+            overlays,
         };
         match self.left(&kept).await? {
-            Left::Untouched => return Ok("libvirt gave up before it touched the VM".into()),
+            Left::Untouched => {
+                self.remove_overlays(&kept).await?;
+                return Ok("libvirt gave up before it touched the VM".into());
+            }
             Left::PutBack => {
                 self.records_again(&kept).await?;
                 return Ok("the VM is back, and so are libvirt's records".into());
@@ -424,6 +442,30 @@ impl Performer {
                 .await?;
         }
         self.remove_unused(&for_nothing).await?;
+        self.remove_overlays(kept).await
+    }
+
+    /// Removes the overlays that libvirt had made before it was cut off: no record
+    /// names them yet. They are the run's when they were not there before, stand on
+    /// the image that the revert was to go on from, and nobody uses them.
+    async fn remove_overlays(&self, kept: &Kept<'_>) -> Result<(), Fault> {
+        let mut made = Vec::new();
+        for (image, before) in kept.overlays {
+            for path in overlays_beside(image) {
+                if before.contains(&path) {
+                    continue;
+                }
+                match image::info(Path::new(&path), Some("qcow2")).await {
+                    Ok(info) if info.backing_path.as_ref() == Some(image) => made.push(path),
+                    // Cut off in the middle of being made.
+                    _ if std::fs::metadata(&path).is_ok_and(|file| file.len() == 0) => {
+                        made.push(path);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        self.remove_unused(&made).await?;
         Ok(())
     }
 
@@ -457,6 +499,23 @@ impl Performer {
         }
         Ok(())
     }
+}
+
+/// The files beside an image that have the name that libvirt gives the overlay of
+/// a revert: the image's own with its ending replaced by a second.
+fn overlays_beside(image: &str) -> Vec<String> {
+    let Some(folder) = crate::observe::folder(folder_of(image)) else {
+        return Vec::new();
+    };
+    let stem = |path: &str| path.rsplit_once('.').map(|(stem, _)| stem.to_owned());
+    let own = image.rsplit('/').next().unwrap_or(image);
+    let own = stem(own).unwrap_or_else(|| own.to_owned());
+    folder
+        .names
+        .into_iter()
+        .filter(|name| second_in(name).is_some() && stem(name).as_deref() == Some(&own))
+        .map(|name| format!("{}/{name}", folder_of(image).trim_end_matches('/')))
+        .collect()
 }
 
 /// The second by which libvirt named an overlay that a revert made.

@@ -495,8 +495,12 @@ pub struct Snapshot {
     pub disks: Vec<SnapshotDisk>,
     /// Overlays that libvirt put on its data when it was reverted to.
     pub revert_overlays: Vec<(String, String)>,
-    /// libvirt made it while the VM was off.
-    pub made_off: bool,
+    /// libvirt's record of it has an image that stands on another without saying
+    /// so. libvirt 11.3 crashes when it deletes a snapshot and another branch above
+    /// it has such a record: it reads the chain from the image, only one image
+    /// deep, and goes on with nothing where there are more.
+    #[serde(default)]
+    pub chain_untold: bool,
     /// The VM's present state descends from it.
     pub current: bool,
     /// Whether it can be brought back.

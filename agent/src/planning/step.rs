@@ -427,6 +427,11 @@ pub enum Done {
         /// The snapshot that the present state descends from.
         #[serde(default)]
         current: Option<String>,
+        /// For each image on which a revert puts an overlay, the overlays named by
+        /// the second that lay beside it before; without them none is taken for
+        /// the run's own.
+        #[serde(default)]
+        overlays: Vec<(String, Vec<String>)>,
     },
     /// The guest is there.
     Guest {

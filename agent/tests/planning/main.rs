@@ -162,7 +162,7 @@ fn snapshot(name: &str, parent: Option<&str>, kind: Kind, data: &str) -> Snapsho
             data: Some(data.to_owned()),
         }],
         revert_overlays: Vec::new(),
-        made_off: false,
+        chain_untold: false,
         current: false,
         health: Health::Whole,
         size: 1 << 20,

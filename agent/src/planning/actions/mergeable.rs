@@ -241,22 +241,26 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
         .with("snapshot", &snapshot.name)
         .with("order", internal));
     }
-    // Deleting a snapshot while another branch stands on its files crashes libvirt
-    // 11.3 where that snapshot and its child were both made while the VM was off;
-    // of a VM that is off nothing is risked.
-    let off_twice = snapshot.made_off && children.iter().any(|child| child.made_off);
-    if off_twice || facts.vm.state == VmState::Stopped {
-        let path = tree::active_path(facts);
-        let side: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
-            .into_iter()
-            .map(|below| below.name.as_str())
-            .filter(|below| !path.iter().any(|on| on.name == *below))
-            .collect();
+    // libvirt 11.3 looks at the records of all other branches that stand on the
+    // snapshot, and crashes on some; of a VM that is off nothing is risked.
+    let path = tree::active_path(facts);
+    let side: Vec<&Snapshot> = tree::descendants_leaf_first(facts, &snapshot.name)
+        .into_iter()
+        .filter(|below| !path.iter().any(|on| on.name == below.name))
+        .collect();
+    let untold = side.iter().find(|below| below.chain_untold);
+    if untold.is_some() || facts.vm.state == VmState::Stopped {
+        let side: Vec<&str> = side.iter().map(|below| below.name.as_str()).collect();
         if !side.is_empty() {
-            let (because, or) = if off_twice {
-                ("it and its child were made while the VM was off", "")
-            } else {
-                ("the VM is off", "start the VM first, or ")
+            let (because, or) = match untold {
+                Some(untold) => (
+                    format!(
+                        "libvirt's record of snapshot '{}' does not say what its images stand on",
+                        untold.name
+                    ),
+                    "",
+                ),
+                None => ("the VM is off".to_owned(), "start the VM first, or "),
             };
             return Err(Fault::new(
                 Reason::SnapshotBranches,
