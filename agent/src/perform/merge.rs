@@ -6,8 +6,9 @@
 //!
 //! Invariants: all disks are ready before the first one pivots; what is merged
 //! into is in the journal before, and stays there until the entry is gone; on
-//! giving up the jobs are aborted, which leaves the chain as it was; a run that
-//! is to stop lifts the limit, because what has begun is finished.
+//! giving up, because the run was cancelled or something failed, the jobs are
+//! aborted, which leaves the chain as it was; a run that is out of time lifts the
+//! limit and finishes what it has begun.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -65,6 +66,9 @@ impl Performer {
                 if job.cur == job.end && self.is_ready(one.disk).await? {
                     break;
                 }
+                if let Some(stopped) = self.gives_up(cancel) {
+                    return Err(stopped);
+                }
                 if bandwidth > 0 && cancel.is_requested() {
                     self.lift(bandwidth, &lower[..=at]).await?;
                     bandwidth = 0;
@@ -86,7 +90,7 @@ impl Performer {
         self.notice(
             "LIMIT_LIFTED",
             format!(
-                "the run was to stop, and a merge that has begun is finished: its limit of \
+                "the run is out of time, and a merge that has begun is finished: its limit of \
                  {bandwidth} bytes per second was lifted"
             ),
             "",
