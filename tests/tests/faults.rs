@@ -186,28 +186,26 @@ fn the_journal_stays_small_while_the_agent_runs() -> Result<()> {
     })?;
     let name = domain.name.as_str();
     agent.vmsnap(&["create", name, "kept"])?.result()?;
-    let first = newest(&agent, name)?["workflow_id"].clone();
-    let runs = || -> Result<usize> {
-        let log = agent.vmsnap(&["log", name])?;
-        Ok(log.document()?["workflows"].as_array().map_or(0, Vec::len))
-    };
+    let first = newest(&agent, name)?["id"].clone();
+    let first = first.as_str().context("an id")?.to_owned();
     let journal = agent.folder().join("journal.db");
-    let mut made = 1;
-    // Each run keeps its plan and, here, a list of the VM.
-    while made < 400 {
-        for _ in 0..20 {
-            agent.vmsnap(&["list", name])?.result()?;
+    // Each run keeps its plan and, here, what is in the pool.
+    let mut gone = None;
+    for _ in 0..40 {
+        for _ in 0..10 {
+            agent.vmsnap(&["commit", name])?.result()?;
         }
-        made += 20;
-        if runs()? < made.min(100) {
+        let read = agent.vmsnap(&["log", &first])?;
+        if read.status != 0 {
+            gone = Some(told(&read)?);
             break;
         }
     }
+    let gone = gone.context("the first run is never forgotten")?;
+    assert_eq!(gone["reason"], "WORKFLOW_NOT_FOUND");
     eventually(SOON, "journal within its bounds", || {
         fs::metadata(&journal).is_ok_and(|file| file.len() < 2 * MIB)
     })?;
-    let gone = agent.vmsnap(&["log", first.as_str().context("an id")?])?;
-    assert_eq!(told(&gone)?["reason"], "WORKFLOW_NOT_FOUND");
     // What is known of the snapshot outlives its run.
     let tree = agent.vmsnap(&["ls", name])?;
     let snapshot = &tree.document()?["snapshots"][0];
@@ -304,7 +302,7 @@ fn words<'a>(words: &[&'a str], vm: &'a str) -> Vec<&'a str> {
         .collect()
 }
 
-fn meets_a_full_disk(lab: &Lab, agent: &mut Agent, case: &Full, folder: &Path) -> Result<()> {
+fn meets_a_full_disk(lab: &Lab, agent: &Agent, case: &Full, folder: &Path) -> Result<()> {
     let domain: Blank = lab.blank(&BlankSpec {
         folder: Some(folder.to_owned()),
         disk_mib: 16,
@@ -312,30 +310,26 @@ fn meets_a_full_disk(lab: &Lab, agent: &mut Agent, case: &Full, folder: &Path) -
     })?;
     let name = domain.name.as_str();
     domain.write_pattern("vda", 7, 0, 4 * MIB)?;
-    agent.set_env(
-        "FAILPOINTS",
-        &format!("effect.{}=1*return(late 1200)->off", case.effect),
-    );
     if !case.before.is_empty() {
         let mut making = vec!["create", name, "old"];
         making.extend(case.before);
         agent.vmsnap(&making)?.result()?;
         domain.write_pattern("vda", 8, 4 * MIB, 4 * MIB)?;
     }
-    agent.stop();
-    agent.start()?;
-    agent.set_env("FAILPOINTS", "");
+    let reached = || {
+        let effect = format!("operation=\"{}\"", case.effect.replace('_', " "));
+        let log = agent.log();
+        log.lines()
+            .filter(|line| line.contains("failpoint reached") && line.contains(&effect))
+            .count()
+    };
+    let before = reached();
     let (chain, snapshots, files) = (domain.chain("vda")?, domain.snapshots()?, domain.files()?);
     let pid = domain.pid()?;
     let mut command = agent.cli(&words(case.action, name))?;
     let caller = std::thread::spawn(move || run(&mut command, None, LONG));
     let came = eventually(SOON, "effect", || {
-        agent
-            .log()
-            .rsplit("serving socket=")
-            .next()
-            .is_some_and(|now| now.contains("failpoint reached"))
-            || caller.is_finished()
+        reached() > before || caller.is_finished()
     });
     let filler = fill(folder)?;
     came?;
@@ -391,8 +385,17 @@ fn a_disk_that_fills_up_right_before_an_effect_costs_nothing_but_the_run() -> Re
     let lab = Lab::from_env()?;
     let small = lab.small(96)?;
     let mut agent = lab.agent("")?;
+    agent.stop();
+    // Time to fill the disk between the last look at it and the effect.
+    let effects: std::collections::BTreeSet<&str> = FULL.iter().map(|case| case.effect).collect();
+    let late: Vec<String> = effects
+        .iter()
+        .map(|effect| format!("effect.{effect}=return(late 500)"))
+        .collect();
+    agent.set_env("FAILPOINTS", &late.join(";"));
+    agent.start()?;
     for case in FULL {
-        let result = meets_a_full_disk(&lab, &mut agent, case, &small.folder);
+        let result = meets_a_full_disk(&lab, &agent, case, &small.folder);
         let _ = fs::remove_file(small.folder.join("filler"));
         result.with_context(|| case.what.to_owned())?;
     }
@@ -450,7 +453,7 @@ fn a_guest_that_qemu_stopped_for_lack_of_space_is_told_and_never_resumed() -> Re
             .contains("I/O error")
     );
     let vm = agent.vmsnap(&["show", name])?;
-    assert_eq!(vm.document()?["vm"]["state_reason"], "I/O error");
+    assert_eq!(vm.document()?["state_reason"], "I/O error");
     // Neither a refusal nor a run makes it go on, also once there is room.
     let refused = agent.vmsnap(&["create", name, "s"])?;
     assert_eq!(refused.failure()?["reason"], "NO_SPACE");
@@ -571,7 +574,7 @@ fn sigterm_ends_in_bounded_time_and_tells_watchers_from_where_to_go_on() -> Resu
     let idle = std::net::TcpStream::connect(agent.tcp()?)?;
     let caller = start(&agent, &["create", &name, "s", "--consistency", "suspend"])?;
     eventually(SOON, "step", || agent.log().contains("failpoint reached"))?;
-    let id = newest(&agent, &name)?["workflow_id"]
+    let id = newest(&agent, &name)?["id"]
         .as_str()
         .context("an id")?
         .to_owned();
@@ -711,6 +714,7 @@ async fn a_thousand_watchers_slow_no_run_and_those_that_do_not_read_cost_little(
     let since = Instant::now();
     let mut events = own.run_workflow(run(&alone.name)).await?.into_inner();
     while events.message().await?.is_some() {}
+    assert_eq!(newest(&agent, &alone.name)?["state"], "succeeded");
     let usual = since.elapsed();
 
     let before = memory(pid)?;
@@ -756,7 +760,7 @@ async fn a_thousand_watchers_slow_no_run_and_those_that_do_not_read_cost_little(
         took < usual * 2 + Duration::from_secs(3),
         "{took:?}, alone {usual:?}"
     );
-    ensure!(last > 5, "{last}");
+    ensure!(last >= 4, "the run has {last} records");
     for reader in readers {
         let (seen, outcome) = reader.await??;
         ensure!(outcome && seen.iter().copied().eq(1..=last), "{seen:?}");
@@ -788,23 +792,19 @@ async fn a_deadline_ends_the_watch_and_not_the_run_and_equal_requests_share_it()
     hurried.set_timeout(Duration::from_millis(500));
     let mut events = stub.run_workflow(hurried).await?.into_inner();
     let (mut id, mut seen) = (String::new(), Vec::new());
-    let cut = loop {
-        match events.message().await {
-            Ok(Some(message)) => {
-                seen.extend(numbered(message.event.as_ref()));
-                id = message.event.unwrap_or_default().workflow_id;
-            }
-            Ok(None) => anyhow::bail!("the run was over within its deadline"),
-            Err(status) => break status,
+    // tonic's own timer ends with the first answer; the caller that hangs up does not.
+    let hung_up = tokio::time::timeout(Duration::from_millis(500), async {
+        while let Some(message) = events.message().await? {
+            seen.extend(numbered(message.event.as_ref()));
+            id = message.event.unwrap_or_default().workflow_id;
         }
-    };
+        anyhow::Ok(())
+    });
     ensure!(
-        matches!(
-            cut.code(),
-            tonic::Code::DeadlineExceeded | tonic::Code::Cancelled
-        ),
-        "{cut}"
+        hung_up.await.is_err(),
+        "the run was over within its deadline"
     );
+    drop(events);
     // An equal request joins; another one on that VM waits and is told for whom.
     let mut joined = stub.run_workflow(asked).await?.into_inner();
     let first = joined.message().await?.context("an event")?;
