@@ -83,6 +83,8 @@ pub struct Journal {
     pub keep_days: u32,
     /// The newest runs that stay whatever their age.
     pub keep_runs: u32,
+    /// MiB of runs from which on the oldest go, however young they are.
+    pub max_mib: u32,
 }
 
 /// `[storage]`
@@ -105,6 +107,8 @@ pub struct Limits {
     pub heartbeat: u64,
     /// Seconds that open runs may take to stop when the agent is told to.
     pub shutdown: u64,
+    /// Seconds that a frozen guest is asked to thaw before its run is stuck.
+    pub stuck_after: u64,
 }
 
 /// `[guards]`
@@ -171,6 +175,7 @@ impl Default for Journal {
             path: "/var/lib/vmsnap/journal.db".into(),
             keep_days: 90,
             keep_runs: 1_000,
+            max_mib: 256,
         }
     }
 }
@@ -182,6 +187,7 @@ impl Default for Limits {
             max_runs: 256,
             heartbeat: 10,
             shutdown: 60,
+            stuck_after: 30,
         }
     }
 }
@@ -329,9 +335,11 @@ impl Config {
             ),
             ("limits.heartbeat", self.limits.heartbeat, 1, YEAR),
             ("limits.shutdown", self.limits.shutdown, 0, YEAR),
+            ("limits.stuck_after", self.limits.stuck_after, 1, YEAR),
             ("limits.max_chain", u64::from(self.limits.max_chain), 1, any),
             ("limits.max_runs", u64::from(self.limits.max_runs), 1, any),
             ("guards.grace", self.guards.grace, 0, YEAR),
+            ("journal.max_mib", u64::from(self.journal.max_mib), 1, any),
             (
                 "journal.keep_days",
                 u64::from(self.journal.keep_days),

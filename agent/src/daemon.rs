@@ -19,6 +19,8 @@ use crate::{
 
 /// How long streams may take to end once all runs are over.
 const STREAMS: Duration = Duration::from_secs(5);
+/// How long threads may take to end once everything else is over.
+const THREADS: Duration = Duration::from_secs(1);
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
     tokio::runtime::Builder::new_multi_thread()
@@ -33,7 +35,11 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 /// A sentence that says what kept it from serving.
 pub fn serve(config: Config) -> Result<(), String> {
     log_to_stderr(&config)?;
-    runtime()?.block_on(run(config))
+    let runtime = runtime()?;
+    let served = runtime.block_on(run(config));
+    // A thread that reads a large file, or waits for libvirt, does not hold up the end.
+    runtime.shutdown_timeout(THREADS);
+    served
 }
 
 /// Checks configuration, journal and libvirt; returns a report.
@@ -131,6 +137,8 @@ async fn run(config: Config) -> Result<(), String> {
     );
 
     tokio::spawn(workflows.clone().keep_guards());
+    tokio::spawn(workflows.clone().keep_journal());
+    tokio::spawn(workflows.clone().keep_stuck());
     let (stop, stopped) = watch::channel(false);
     let mut serving = tokio::spawn(endpoints.serve(workflows.clone(), stopped));
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;

@@ -36,5 +36,5 @@ pub use domain::{Domain, Lab};
 pub use guest::Guest;
 pub use herd::Herd;
 pub use owner::OwnedLab;
-pub use storage::{BlockDevice, Mount, SmallPool};
+pub use storage::{BlockDevice, Mount, SmallPool, fill};
 pub use wait::{eventually, eventually_some};

@@ -2,19 +2,23 @@
 //!
 //! libvirtd serves five requests of a connection and twenty in all at a time, and beyond that even an
 //! idle connection gets no answer. Hence the bounds:
-//! - a lane has four calls in flight, all lanes together twelve, of which four are kept for releases;
-//! - one domain (or pool) has two reads, two effects and one release in flight, so that a hung one
-//!   cannot fill a lane;
+//! - a lane has four calls in flight. All lanes together have sixteen: eight reads and effects, four
+//!   releases, and four that wait for an answer out of a guest;
+//! - one domain (or pool) has two reads, two effects, two questions to its guest and one release in
+//!   flight, so that a hung one cannot fill a lane;
+//! - what may wait long for a guest agent, which is each freeze and whatever is asked of an agent that
+//!   did not answer last time, leaves places to the others: one of the guests' lane and two of the
+//!   releases'. So thawing one guest never waits for the agents of others, however many hang;
 //! - a call past its deadline is *late*: its caller gets an answer, the thread goes on, the lane goes on
 //!   over a new connection, and further calls on that domain, releases apart, are refused as busy until
-//!   the late one came back. It stays counted among the twelve until then.
+//!   the late one came back. It stays counted among those in flight until then.
 //!
 //! libvirt keeps its last error per thread: the closure that makes a call also reads the error. The
 //! binding can panic when a handle is dropped: a panic ends at the thread's edge and is an error.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,8 +29,12 @@ use crate::error::{Error, ErrorKind, Fault};
 use crate::failpoint;
 
 const PER_LANE: usize = 4;
-/// In flight in all, without the releases' own four.
+/// Reads and effects in flight.
 const IN_FLIGHT: usize = 8;
+/// Places in the guests' and in the releases' lane for calls that may wait long for a guest agent.
+const PATIENT: (usize, usize) = (3, 2);
+/// A guest agent that was asked for so long and gave no answer counts as silent.
+const SILENT: Duration = Duration::from_secs(1);
 /// An idle thread ends after this.
 const IDLE: Duration = Duration::from_secs(30);
 /// A late call may be about to come back: that long the next one on the same domain waits for it.
@@ -38,7 +46,12 @@ pub(crate) enum Lane {
     Read,
     Effect,
     Release,
+    /// Waits for an answer out of a guest, and holds nobody that could be let go.
+    Guest,
 }
+
+/// Number of lanes.
+pub(crate) const LANES: usize = 4;
 
 impl Lane {
     pub fn index(self) -> usize {
@@ -54,6 +67,21 @@ pub(crate) struct Call {
     /// The domain or pool that a hang of this call would belong to.
     pub scope: Option<String>,
     pub deadline: Duration,
+    /// It changes something.
+    pub changes: bool,
+    /// It asks the domain's guest agent.
+    pub asks: Asks,
+}
+
+/// What a call wants of a guest agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asks {
+    /// Nothing.
+    Nothing,
+    /// What an agent that is well answers at once.
+    Quick,
+    /// What may take its time: a freeze runs the guest's own hooks.
+    Long,
 }
 
 impl Call {
@@ -68,7 +96,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The places that one domain or pool has in the lanes.
 struct Gate {
-    lanes: [Arc<Semaphore>; 3],
+    lanes: [Arc<Semaphore>; LANES],
+    /// The guest agent did not answer last time.
+    silent: AtomicBool,
     late: Mutex<Vec<(&'static str, Instant)>>,
     settled: Notify,
 }
@@ -77,7 +107,8 @@ impl Gate {
     fn new() -> Self {
         let places = |n| Arc::new(Semaphore::new(n));
         Self {
-            lanes: [places(2), places(2), places(1)],
+            lanes: [places(2), places(2), places(1), places(2)],
+            silent: AtomicBool::new(false),
             late: Mutex::default(),
             settled: Notify::new(),
         }
@@ -117,14 +148,19 @@ struct Ticket {
     phase: Mutex<Phase>,
     operation: &'static str,
     since: Instant,
+    /// It asks the guest agent.
+    asks: bool,
     gate: Option<Arc<Gate>>,
 }
 
 /// Threads, bounds and late calls of all lanes.
 pub(crate) struct Lanes {
-    lanes: [Arc<Semaphore>; 3],
+    lanes: [Arc<Semaphore>; LANES],
     in_flight: Arc<Semaphore>,
     release_in_flight: Arc<Semaphore>,
+    guest_in_flight: Arc<Semaphore>,
+    patient: Arc<Semaphore>,
+    patient_release: Arc<Semaphore>,
     gates: Mutex<HashMap<String, Arc<Gate>>>,
     late: Arc<AtomicUsize>,
     queue_deadline: Duration,
@@ -137,9 +173,12 @@ impl Lanes {
     pub fn new(queue_deadline: Duration, on_late: impl Fn(Lane) + Send + Sync + 'static) -> Self {
         let places = |n| Arc::new(Semaphore::new(n));
         Self {
-            lanes: [places(PER_LANE), places(PER_LANE), places(PER_LANE)],
+            lanes: std::array::from_fn(|_| places(PER_LANE)),
             in_flight: places(IN_FLIGHT),
             release_in_flight: places(PER_LANE),
+            guest_in_flight: places(PER_LANE),
+            patient: places(PATIENT.0),
+            patient_release: places(PATIENT.1),
             gates: Mutex::default(),
             late: Arc::default(),
             queue_deadline,
@@ -187,13 +226,23 @@ impl Lanes {
             {
                 refuse_if_late(gate)?;
             }
+            let silent = gate
+                .as_ref()
+                .is_some_and(|gate| gate.silent.load(Ordering::Relaxed));
+            let patient = match (call.asks, lane) {
+                (Asks::Nothing, _) => None,
+                (Asks::Quick, _) if !silent => None,
+                (_, Lane::Release) => Some(acquire(&self.patient_release).await?),
+                _ => Some(acquire(&self.patient).await?),
+            };
             let in_lane = acquire(&self.lanes[lane.index()]).await?;
             let in_all = acquire(match lane {
                 Lane::Release => &self.release_in_flight,
+                Lane::Guest => &self.guest_in_flight,
                 Lane::Read | Lane::Effect => &self.in_flight,
             })
             .await?;
-            Ok((in_lane, (place, in_all)))
+            Ok((in_lane, (place, patient, in_all)))
         };
         let (in_lane, held) = match tokio::time::timeout(self.queue_deadline, turn).await {
             Ok(turn) => turn.map_err(|fault| call.error(fault))?,
@@ -207,7 +256,7 @@ impl Lanes {
             }
         };
 
-        if lane != Lane::Read {
+        if call.changes {
             debug!(
                 operation = call.operation,
                 subject = call.subject,
@@ -218,10 +267,11 @@ impl Lanes {
             phase: Mutex::new(Phase::InFlight),
             operation: call.operation,
             since: Instant::now(),
+            asks: call.asks != Asks::Nothing,
             gate,
         });
         let (answer, answered) = oneshot::channel();
-        let effect = (lane != Lane::Read).then_some(call.operation);
+        let effect = call.changes.then_some(call.operation);
         let work = move || match effect {
             Some(operation) => failpoint::effect(operation, work),
             None => work(),
@@ -322,6 +372,10 @@ impl Ticket {
     }
 
     fn came_back(&self, late: &AtomicUsize, subject: &str, fault: Option<&Fault>) {
+        if let (true, Some(gate)) = (self.asks, &self.gate) {
+            let silent = fault.is_some() && self.since.elapsed() >= SILENT;
+            gate.silent.store(silent, Ordering::Relaxed);
+        }
         let mut phase = lock(&self.phase);
         if std::mem::replace(&mut *phase, Phase::Done) != Phase::Late {
             return;

@@ -1,6 +1,7 @@
 //! What planning and the journal know, as it goes over the wire.
 
 use jiff::Timestamp;
+use tonic::Status;
 use vmsnap_engine::{Closing, Hold, Step as _};
 use vmsnap_proto::v1;
 
@@ -461,7 +462,10 @@ impl Titles {
 
 /// An event.
 #[must_use]
-pub fn event(run: &str, event: &Event, titles: &mut Titles) -> v1::WorkflowEvent {
+///
+/// # Errors
+/// The status that ends the stream, where that is what the event says.
+pub fn event(run: &str, event: &Event, titles: &mut Titles) -> Result<v1::WorkflowEvent, Status> {
     use v1::workflow_event::Kind as K;
     let (sequence, time, kind) = match event {
         Event::Record(stamped) => {
@@ -483,13 +487,14 @@ pub fn event(run: &str, event: &Event, titles: &mut Titles) -> v1::WorkflowEvent
             Timestamp::now(),
             K::Heartbeat(v1::EventHeartbeat {}),
         ),
+        Event::LeftOpen(why) => return Err(errors::status(why)),
     };
-    v1::WorkflowEvent {
+    Ok(v1::WorkflowEvent {
         workflow_id: run.to_owned(),
         sequence,
         time: Some(timestamp(time)),
         kind: Some(kind),
-    }
+    })
 }
 
 fn record(stamped: &Stamped, titles: &Titles) -> v1::workflow_event::Kind {

@@ -7,6 +7,11 @@
 //!   `synchronous=FULL`).
 //! - A database with a schema newer than this program knows, or one that is
 //!   damaged, is an error with a way on, never silently replaced.
+//! - It takes no more room than it was given: old runs go while the agent runs,
+//!   and what they took is given back. What is known of snapshots, files, merges
+//!   and guards does not hang on runs.
+//! - A run begins only where there is room for its records, so that a full disk
+//!   is met before the first effect and hardly ever between two.
 //! - Times are milliseconds since the epoch.
 
 mod schema;
@@ -157,6 +162,29 @@ pub struct NotedFile {
     pub vm: String,
 }
 
+/// Bytes that have to be free for a run to begin: the records of a long one.
+pub const ROOM: u64 = 1 << 20;
+
+/// Which runs stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// Those that ended before go; `None` for none.
+    pub before: Option<Timestamp>,
+    /// So many of the newest stay, whatever their age.
+    pub keep: u32,
+    /// From so many bytes on, the oldest go whatever their age.
+    pub bytes: u64,
+}
+
+/// What pruning did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// Runs that went.
+    pub runs: u64,
+    /// There may be more to do: pruning stops now and then to let others write.
+    pub more: bool,
+}
+
 /// Why the journal cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum JournalError {
@@ -192,6 +220,18 @@ pub enum JournalError {
         row: String,
         /// Why.
         what: String,
+    },
+    /// Its disk is full.
+    #[error(
+        "the journal {path} has no room: {need} bytes are needed and {free} are free; make room"
+    )]
+    Full {
+        /// Where.
+        path: String,
+        /// Bytes that are needed.
+        need: u64,
+        /// Bytes that are free.
+        free: u64,
     },
     /// Reading or writing failed.
     #[error("the journal {path} cannot be used: {what}")]
@@ -269,9 +309,30 @@ impl Journal {
     /// Notes a new run.
     ///
     /// # Errors
-    /// When it is not on disk.
+    /// When it is not on disk, or there is no room for its records.
     pub async fn begin(&self, run: RunRow) -> Result<(), JournalError> {
-        self.call(move |db| store::begin(db, &run)).await
+        let path = self.path.clone();
+        self.call(move |db| {
+            if let Some(full) = schema::lacks_room(&path) {
+                return Err(store::Error::Journal(full));
+            }
+            store::begin(db, &run)
+        })
+        .await
+    }
+
+    /// Whether a run could go on writing: there is room, and what is written gets
+    /// to the disk.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn takes_records_of(&self, run: &str) -> Result<(), JournalError> {
+        let (path, run) = (self.path.clone(), run.to_owned());
+        self.call(move |db| match schema::lacks_room(&path) {
+            Some(full) => Err(store::Error::Journal(full)),
+            None => store::touch(db, &run),
+        })
+        .await
     }
 
     /// Appends a record and returns it with its number and time.
@@ -524,13 +585,13 @@ impl Journal {
         self.call(move |db| store::forget_learned(db, &id)).await
     }
 
-    /// Removes runs that ended before a time, newest `keep` excepted. Stuck runs
-    /// stay.
+    /// Removes runs that are not to stay, the oldest first, and gives their room
+    /// back. Runs that are open or stuck stay, and those whose guard is open.
     ///
     /// # Errors
     /// When it is not on disk.
-    pub async fn prune(&self, before: Timestamp, keep: u32) -> Result<u64, JournalError> {
-        self.call(move |db| store::prune(db, before, keep)).await
+    pub async fn prune(&self, stay: Retention) -> Result<Pruned, JournalError> {
+        self.call(move |db| store::prune(db, stay)).await
     }
 }
 

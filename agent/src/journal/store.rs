@@ -7,7 +7,10 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Serialize, de::DeserializeOwned};
 use vmsnap_engine::Closing;
 
-use super::{BegunMerge, JournalError, Learned, NotedFile, RunRow, RunStatus, Stamped, schema};
+use super::{
+    BegunMerge, JournalError, Learned, NotedFile, Pruned, Retention, RunRow, RunStatus, Stamped,
+    schema,
+};
 use crate::{
     flow::Record,
     planning::{facts::SnapshotRecord, guard::Guard},
@@ -19,6 +22,8 @@ pub enum Error {
     Sql(rusqlite::Error),
     /// A stored value.
     Value(String, String),
+    /// Known before anything was asked of SQLite.
+    Journal(JournalError),
 }
 
 impl Error {
@@ -27,6 +32,7 @@ impl Error {
         match self {
             Self::Sql(error) => schema::classify(&path.display().to_string(), &error),
             Self::Value(row, what) => JournalError::Unreadable { row, what },
+            Self::Journal(error) => error,
         }
     }
 }
@@ -563,11 +569,90 @@ pub fn forget_learned(db: &mut Connection, id: &str) -> Result<bool> {
     Ok(db.execute("DELETE FROM learned WHERE id = ?1", [id])? > 0)
 }
 
-pub fn prune(db: &mut Connection, before: Timestamp, keep: u32) -> Result<u64> {
-    let gone = db.execute(
-        "DELETE FROM runs WHERE finished IS NOT NULL AND finished < ?1 AND status != 'stuck' \
-         AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT ?2)",
-        params![before.as_millisecond(), keep],
-    )?;
-    Ok(u64::try_from(gone).unwrap_or(0))
+/// Writes without changing anything.
+pub fn touch(db: &mut Connection, run: &str) -> Result<()> {
+    db.execute("UPDATE runs SET status = status WHERE id = ?1", [run])?;
+    Ok(())
+}
+
+/// Runs that go at a time: others want to write too.
+const AT_ONCE: u32 = 100;
+/// The newest runs that stay however large they are: who asked for them reads them
+/// back.
+const NEWEST: u32 = 20;
+/// Free pages that are not given back: the next run uses them.
+const SPARE: u64 = 64;
+
+/// What keeps a run from being removed, as a condition.
+const MAY_GO: &str = "finished IS NOT NULL AND status != 'stuck' \
+                      AND id NOT IN (SELECT run FROM guards WHERE open = 1)";
+
+pub fn prune(db: &mut Connection, stay: Retention) -> Result<Pruned> {
+    let mut gone = 0;
+    if let Some(before) = stay.before {
+        // A run that ended before began before: the index tells those.
+        gone += db.execute(
+            &format!(
+                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE started < ?1 \
+                 AND finished < ?1 AND {MAY_GO} \
+                 AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT ?2) \
+                 ORDER BY started LIMIT {AT_ONCE})"
+            ),
+            params![before.as_millisecond(), stay.keep],
+        )?;
+    }
+    let mut more = gone >= AT_ONCE as usize;
+    if !more && used(db)? > stay.bytes {
+        let large = db.execute(
+            &format!(
+                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE {MAY_GO} \
+                 AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT {NEWEST}) \
+                 ORDER BY id LIMIT {})",
+                AT_ONCE / 10
+            ),
+            [],
+        )?;
+        more = large > 0;
+        gone += large;
+    }
+    if gone > 0 {
+        db.execute(
+            "DELETE FROM guards WHERE open = 0 AND run NOT IN (SELECT id FROM runs)",
+            [],
+        )?;
+    }
+    if !more {
+        give_room_back(db)?;
+    }
+    Ok(Pruned {
+        runs: u64::try_from(gone).unwrap_or(0),
+        more,
+    })
+}
+
+fn pragma(db: &Connection, name: &str) -> Result<u64> {
+    let value: i64 = db.pragma_query_value(None, name, |row| row.get(0))?;
+    Ok(u64::try_from(value).unwrap_or(0))
+}
+
+/// Bytes that hold something.
+fn used(db: &Connection) -> Result<u64> {
+    let pages = pragma(db, "page_count")?.saturating_sub(pragma(db, "freelist_count")?);
+    Ok(pages.saturating_mul(pragma(db, "page_size")?))
+}
+
+/// Makes the file smaller by the pages that are free, but for a few.
+fn give_room_back(db: &Connection) -> Result<()> {
+    let free = pragma(db, "freelist_count")?;
+    if free <= 2 * SPARE {
+        return Ok(());
+    }
+    // Each row is a page that was given back.
+    let mut pages = db.prepare(&format!("PRAGMA incremental_vacuum({})", free - SPARE))?;
+    let mut given = pages.query([])?;
+    while given.next()?.is_some() {}
+    drop(given);
+    let mut checkpoint = db.prepare("PRAGMA wal_checkpoint(TRUNCATE)")?;
+    checkpoint.query([])?.next()?;
+    Ok(())
 }

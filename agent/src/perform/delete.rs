@@ -372,7 +372,7 @@ pub(super) struct Lower<'a> {
     /// The image.
     pub path: String,
     /// Bytes that the image above it takes.
-    above: u64,
+    pub above: u64,
     stamp: Option<(SystemTime, u64)>,
 }
 

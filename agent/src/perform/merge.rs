@@ -16,7 +16,7 @@ use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{BlockJobKind, ErrorKind, Xml};
 
 use super::{Performer, delete::Lower};
-use crate::planning::{Fault, Reason};
+use crate::planning::{Fault, Reason, facts::folder_of, files};
 
 /// How often a merge is looked at.
 const POLL: Duration = Duration::from_millis(250);
@@ -111,18 +111,24 @@ impl Performer {
             Ok(domain) => domain.reason.to_string(),
             Err(error) => return error.into(),
         };
-        Fault::new(
-            Reason::HypervisorFailed,
-            format!(
-                "the merge of disk {} of VM '{}' into '{}' ended before it was ready (the VM: \
-                 {state})",
-                lower.disk,
-                self.vm(),
-                lower.path
-            ),
-        )
-        .with("disk", lower.disk)
-        .with("path", &lower.path)
+        let message = format!(
+            "the merge of disk {} of VM '{}' into '{}' ended before it was ready (the VM: {state})",
+            lower.disk,
+            self.vm(),
+            lower.path
+        );
+        // QEMU does not say why it gave up: room tells.
+        let folder = folder_of(&lower.path);
+        if let (Some(facts), Some(now)) = (&self.facts, crate::observe::folder(folder))
+            && now.free < lower.above
+        {
+            let mut full = files::no_space(facts, folder, lower.above, now.free);
+            full.message = format!("{}; {message}", full.message);
+            return full.with("disk", lower.disk).with("image", &lower.path);
+        }
+        Fault::new(Reason::HypervisorFailed, message)
+            .with("disk", lower.disk)
+            .with("path", &lower.path)
     }
 
     async fn pivot(&self, lower: &[Lower<'_>]) -> Result<(), Fault> {

@@ -237,14 +237,21 @@ impl Performer {
         } else {
             from
         };
-        self.observer.same_owner(like, &fresh)?;
-        tokio::fs::rename(&fresh, to).await.map_err(|error| {
-            Fault::new(
-                Reason::StorageNotWritable,
-                format!("the UEFI variables cannot be put back into '{to}': {error}"),
-            )
-            .with("path", to)
-        })?;
+        let owned = self.observer.same_owner(like, &fresh);
+        let put_back = match owned {
+            Ok(()) => tokio::fs::rename(&fresh, to).await.map_err(|error| {
+                Fault::new(
+                    Reason::StorageNotWritable,
+                    format!("the UEFI variables cannot be put back into '{to}': {error}"),
+                )
+                .with("path", to)
+            }),
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = put_back {
+            let _ = tokio::fs::remove_file(&fresh).await;
+            return Err(fault);
+        }
         Ok(super::plain(format!("'{to}' is as it was then")))
     }
 

@@ -103,7 +103,8 @@ impl Workflows {
         tracing::warn!(vm = %guard.vm, snapshot = %guard.snapshot, "nobody confirmed: reverting");
         match self.take_back(guard).await {
             Ok(()) => Ok(Acted::Settled),
-            // A merge ends some time, the agent is started again, libvirt comes back.
+            // A merge ends some time, the agent is started again, libvirt comes back,
+            // somebody makes room for the journal.
             Err(fault)
                 if matches!(
                     fault.reason,
@@ -111,6 +112,7 @@ impl Workflows {
                         | Reason::ShuttingDown
                         | Reason::LimitReached
                         | Reason::HypervisorUnreachable
+                        | Reason::JournalUnavailable
                 ) =>
             {
                 tracing::warn!(vm = %guard.vm, %fault, "the revert of a guarded change waits");
@@ -170,10 +172,14 @@ impl Workflows {
     pub async fn ended(&self, run: &str) -> Result<(), Fault> {
         let mut events = self.watch(run, 1).await?;
         while let Some(event) = events.next().await {
-            if let Event::Record(record) = event
-                && let Record::Closed { fault, .. } = &record.record
-            {
-                return fault.clone().map_or(Ok(()), Err);
+            match event {
+                Event::Record(record) => {
+                    if let Record::Closed { fault, .. } = &record.record {
+                        return fault.clone().map_or(Ok(()), Err);
+                    }
+                }
+                Event::LeftOpen(why) => return Err(*why),
+                Event::Progress(..) | Event::Heartbeat(_) => {}
             }
         }
         Err(Fault::new(

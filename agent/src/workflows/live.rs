@@ -2,7 +2,8 @@
 //!
 //! Invariants: a record is in the journal before any watcher sees it; watchers
 //! read from a shared list at their own pace, so none of them can slow the run;
-//! progress may be missed, records never.
+//! progress may be missed, records never. A run that nobody can go on with for
+//! now is left open, and its watchers are told why.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
@@ -46,6 +47,10 @@ pub struct Live {
     pub cancel: Cancel,
     /// Why it was stopped, when it was not by a caller.
     stop_reason: Mutex<Option<Fault>>,
+    /// Why its last record could not be written.
+    unwritten: Mutex<Option<Fault>>,
+    /// Why it does not go on for now.
+    left_open: OnceLock<Fault>,
     records: RwLock<Vec<Arc<Stamped>>>,
     written: watch::Sender<u64>,
     progress: broadcast::Sender<Progress>,
@@ -70,6 +75,8 @@ impl Live {
             demanded: OnceLock::new(),
             cancel: Cancel::default(),
             stop_reason: Mutex::new(None),
+            unwritten: Mutex::default(),
+            left_open: OnceLock::new(),
             records: RwLock::new(records.into_iter().map(Arc::new).collect()),
             written: watch::Sender::new(last),
             progress: broadcast::Sender::new(64),
@@ -102,6 +109,37 @@ impl Live {
     /// Tells watchers of progress; nobody has to listen.
     pub fn report(&self, progress: Progress) {
         let _ = self.progress.send(progress);
+    }
+
+    /// Number of the last record.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        *self.written.borrow()
+    }
+
+    /// Leaves the run open: watchers get what there is, and then this.
+    pub fn leave_open(&self, why: Fault) {
+        let why = why
+            .with("workflow_id", &self.id)
+            .with("sequence", self.last());
+        let _ = self.left_open.set(why);
+        // Those who wait for a record look again.
+        self.written.send_modify(|_| {});
+    }
+
+    /// Why the run does not go on for now.
+    #[must_use]
+    pub fn left_open(&self) -> Option<&Fault> {
+        self.left_open.get()
+    }
+
+    /// Why the last record could not be written.
+    #[must_use]
+    pub fn unwritten(&self) -> Option<Fault> {
+        self.unwritten
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Stops the run, with the reason that its outcome will give.
@@ -147,7 +185,16 @@ impl Log<Snapshots> for LiveLog {
             .journal
             .append(&self.live.id, record)
             .await
-            .map_err(|error| LogError(error.to_string()))?;
+            .map_err(|error| {
+                let lost = LogError(error.to_string());
+                let mut unwritten = self
+                    .live
+                    .unwritten
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *unwritten = Some(error.into());
+                lost
+            })?;
         if !self.live.request.action.reads_only() {
             failpoint::killed_at("journal.record");
         }
