@@ -773,8 +773,10 @@ fn learn(lab: &Lab, scenario: &Scenario) -> Result<Vec<(Fault, bool)>> {
                 .and_then(|rest| rest.split('"').next());
             let operation = operation.context("the operation in the agent's log")?;
             let nth = counts.entry(operation.to_owned()).or_default();
+            let edge = operation == "revert" || operation == "delete a snapshot of";
             for how in &COLUMNS[1..] {
-                cells.push((Fault::Effect(how, operation.to_owned(), *nth), false));
+                let always = edge && *how == "fails after";
+                cells.push((Fault::Effect(how, operation.to_owned(), *nth), always));
             }
             *nth += 1;
         }
