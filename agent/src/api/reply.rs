@@ -461,7 +461,6 @@ impl Titles {
 }
 
 /// An event.
-#[must_use]
 ///
 /// # Errors
 /// The status that ends the stream, where that is what the event says.
