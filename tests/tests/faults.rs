@@ -162,7 +162,7 @@ fn a_full_journal_stops_a_run_before_its_next_effect_and_the_run_is_closed_once_
         }
         fs::remove_file(filler)?;
         let run = closed(&agent, name, "failed")?;
-        assert_eq!(run["failure"]["reason"].as_str().is_some(), true, "{run}");
+        assert!(run["failure"]["reason"].as_str().is_some(), "{run}");
         assert_eq!(domain.state()?, "running", "{at}");
         assert_eq!(domain.snapshots()?, NONE, "{at}");
         assert_eq!(domain.files()?, files, "{at}");
