@@ -75,6 +75,13 @@ impl StateReason {
         self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_USER as c_int
     }
 
+    /// Paused, and libvirt does not know why: it was killed in the middle of the
+    /// call that paused it, and found it so when it came back (measured on 11.3).
+    #[must_use]
+    pub fn is_unknown(self) -> bool {
+        self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_UNKNOWN as c_int
+    }
+
     /// Paused while its memory is loaded or carried away. A revert to memory that
     /// libvirt gave up stays like this, on the very images that the snapshot
     /// needs.

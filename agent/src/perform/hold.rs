@@ -223,7 +223,8 @@ impl Performer {
         }
         // The step is planned only for a VM that runs.
         let domain = self.hypervisor.domain(self.vm()).await?;
-        if domain.state == DomainState::Paused && domain.reason.is_user() {
+        let reason = domain.reason;
+        if domain.state == DomainState::Paused && (reason.is_user() || reason.is_unknown()) {
             self.run_again().await?;
             self.hold_ends(Hold::Suspended);
             return Ok("the VM runs again".into());
