@@ -84,6 +84,10 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
         read_deadline: Duration::from_secs(libvirt.read_timeout),
         effect_deadline: Duration::from_secs(libvirt.effect_timeout),
         release_deadline: Duration::from_secs(libvirt.release_timeout),
+        // Five intervals without an answer end a connection: before a read is overdue.
+        keepalive_interval: u32::try_from(libvirt.read_timeout / 6)
+            .unwrap_or(u32::MAX)
+            .max(1),
         ..Options::for_uri(&libvirt.uri)
     };
     Hypervisor::connect(options).await.map_err(|error| {

@@ -1,5 +1,5 @@
-//! What the documentation says of the configuration, of errors, of known issues
-//! and of field cases is what there is.
+//! What the documentation says of the configuration, of errors, of known issues,
+//! of field cases and of faults is what there is.
 
 use std::path::Path;
 
@@ -149,18 +149,22 @@ fn sources(folder: &Path, into: &mut String) {
 }
 
 #[test]
-fn every_test_that_the_field_cases_name_is_there() {
-    let page = read("field-cases.md");
+fn every_test_that_the_pages_of_cases_and_faults_name_is_there() {
     let mut code = String::new();
     sources(&Path::new(DOCS).join(".."), &mut code);
-    let mut named = 0;
-    // Every other piece between backticks is code.
-    for test in page.split('`').skip(1).step_by(2) {
-        let Some((_, name)) = test.rsplit_once("::") else {
-            continue;
-        };
-        assert!(code.contains(&format!("fn {name}(")), "no test {test}");
-        named += 1;
+    for (page, least) in [("field-cases.md", 30), ("faults.md", 20)] {
+        let mut named = 0;
+        // Every other piece between backticks is code.
+        for test in read(page).split('`').skip(1).step_by(2) {
+            let Some((_, name)) = test.rsplit_once("::") else {
+                continue;
+            };
+            assert!(
+                code.contains(&format!("fn {name}(")),
+                "{page}: no test {test}"
+            );
+            named += 1;
+        }
+        assert!(named > least, "only {named} tests are named in {page}");
     }
-    assert!(named > 30, "only {named} tests are named");
 }

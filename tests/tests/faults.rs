@@ -510,6 +510,30 @@ fn a_freeze_that_lands_after_its_time_is_thawed_and_falls_back_or_fails_as_asked
 }
 
 #[test]
+fn a_hook_that_refuses_the_freeze_is_quoted_and_the_guest_is_thawed() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let (guest, agent) = (lab.guest()?, lab.agent("")?);
+    let name = guest.name.as_str();
+    hook(&guest, "[ $1 = freeze ] && exit 3")?;
+    let fell = agent.vmsnap(&["create", name, "s"])?;
+    assert_eq!(fell.result()?["consistency"], "suspend");
+    let gave_up = fell
+        .all("warning")
+        .find(|warning| warning["code"] == "FREEZE_GAVE_UP");
+    let message = gave_up.context("a warning")?["message"].to_string();
+    assert!(message.contains("hook"), "{message}");
+    settled(&guest)?;
+    let failed = agent.vmsnap(&["create", name, "t", "--consistency", "filesystem"])?;
+    let failure = failed.failure()?;
+    assert_eq!(failure["reason"], "GUEST_AGENT_FAILED");
+    let message = failure["message"].as_str().unwrap_or_default();
+    assert!(message.contains("hook"), "{message}");
+    settled(&guest)?;
+    assert_eq!(guest.snapshots()?, ["s"]);
+    Ok(())
+}
+
+#[test]
 fn a_guest_whose_agent_never_answers_again_leaves_its_run_stuck_until_somebody_resolves_it()
 -> Result<()> {
     let lab = Lab::from_env()?;

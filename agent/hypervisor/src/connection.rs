@@ -357,7 +357,12 @@ impl Hypervisor {
             return Err(away(&call));
         }
         let asked = call.clone();
-        match self.0.lanes.run(lane, call, work).await {
+        let result = tokio::select! {
+            result = self.0.lanes.run(lane, call, work) => result,
+            // What it does is known to change nothing: nobody has to wait for the end.
+            () = self.is_gone(), if !asked.changes => return Err(away(&asked)),
+        };
+        match result {
             // It found no place among those that wait for a daemon that is gone, or
             // was one of those: only an effect may have come to something.
             Err(error)
@@ -369,6 +374,19 @@ impl Hypervisor {
                 Err(away(&asked))
             }
             result => result,
+        }
+    }
+
+    /// Waits until libvirt has been away for longer than a restart takes.
+    async fn is_gone(&self) {
+        let mut status = self.0.status.subscribe();
+        loop {
+            // The sender is in the handle itself.
+            let _ = status.wait_for(|status| *status != LinkStatus::Up).await;
+            if self.0.is_away() {
+                return;
+            }
+            tokio::time::sleep(BACKOFF.0).await;
         }
     }
 

@@ -2,13 +2,13 @@
 //!
 //! libvirtd serves five requests of a connection and twenty in all at a time, and beyond that even an
 //! idle connection gets no answer. Hence the bounds:
-//! - a lane has four calls in flight. All lanes together have sixteen: eight reads and effects, four
-//!   releases, and four that wait for an answer out of a guest;
+//! - a lane has four calls in flight, that of the guests five. All lanes together have seventeen: eight
+//!   reads and effects, four releases, and five that wait for an answer out of a guest;
 //! - one domain (or pool) has two reads, two effects, two questions to its guest and one release in
 //!   flight, so that a hung one cannot fill a lane;
-//! - what may wait long for a guest agent, which is each freeze and whatever is asked of an agent that
-//!   did not answer last time, leaves places to the others: one of the guests' lane and two of the
-//!   releases'. So thawing one guest never waits for the agents of others, however many hang;
+//! - what is asked of agents that did not answer last time has two places in the guests' lane and two in
+//!   the releases', and freezes of the others have two, too: hooks in the guest take their time. So
+//!   neither holding a guest nor letting it go waits for the agents of others, however many hang;
 //! - a call past its deadline is *late*: its caller gets an answer, the thread goes on, the lane goes on
 //!   over a new connection, and further calls on that domain, releases apart, are refused as busy until
 //!   the late one came back. It stays counted among those in flight until then.
@@ -31,8 +31,12 @@ use crate::failpoint;
 const PER_LANE: usize = 4;
 /// Reads and effects in flight.
 const IN_FLIGHT: usize = 8;
-/// Places in the guests' and in the releases' lane for calls that may wait long for a guest agent.
-const PATIENT: (usize, usize) = (3, 2);
+/// Calls in flight that wait for an answer out of a guest.
+const GUESTS: usize = 5;
+/// Places in a lane for what is asked of agents that did not answer last time.
+const PATIENT: usize = 2;
+/// Places for freezes of agents that answered.
+const FREEZES: usize = 2;
 /// A guest agent that was asked for so long and gave no answer counts as silent.
 const SILENT: Duration = Duration::from_secs(1);
 /// An idle thread ends after this.
@@ -160,6 +164,7 @@ pub(crate) struct Lanes {
     release_in_flight: Arc<Semaphore>,
     guest_in_flight: Arc<Semaphore>,
     patient: Arc<Semaphore>,
+    freezes: Arc<Semaphore>,
     patient_release: Arc<Semaphore>,
     gates: Mutex<HashMap<String, Arc<Gate>>>,
     late: Arc<AtomicUsize>,
@@ -173,12 +178,13 @@ impl Lanes {
     pub fn new(queue_deadline: Duration, on_late: impl Fn(Lane) + Send + Sync + 'static) -> Self {
         let places = |n| Arc::new(Semaphore::new(n));
         Self {
-            lanes: std::array::from_fn(|_| places(PER_LANE)),
+            lanes: [PER_LANE, PER_LANE, PER_LANE, GUESTS].map(places),
             in_flight: places(IN_FLIGHT),
             release_in_flight: places(PER_LANE),
-            guest_in_flight: places(PER_LANE),
-            patient: places(PATIENT.0),
-            patient_release: places(PATIENT.1),
+            guest_in_flight: places(GUESTS),
+            patient: places(PATIENT),
+            freezes: places(FREEZES),
+            patient_release: places(PATIENT),
             gates: Mutex::default(),
             late: Arc::default(),
             queue_deadline,
@@ -232,6 +238,7 @@ impl Lanes {
             let patient = match (call.asks, lane) {
                 (Asks::Nothing, _) => None,
                 (Asks::Quick, _) if !silent => None,
+                (Asks::Long, _) if !silent => Some(acquire(&self.freezes).await?),
                 (_, Lane::Release) => Some(acquire(&self.patient_release).await?),
                 _ => Some(acquire(&self.patient).await?),
             };

@@ -184,6 +184,8 @@ async fn silent_agents_leave_places_to_those_that_answer_in_every_lane() {
         for n in 0..5 {
             let well = question(&format!("well{n}"), Asks::Quick);
             assert_eq!(lanes.run(lane, well, move || Ok(n)).await, Ok(n));
+            let freeze = question(&format!("well{n}"), Asks::Long);
+            assert_eq!(lanes.run(Lane::Guest, freeze, || Ok(())).await, Ok(()));
         }
         assert!(since.elapsed() < SILENT / 2, "{:?}", since.elapsed());
         hanging.iter().for_each(tokio::task::JoinHandle::abort);

@@ -250,7 +250,10 @@ impl Workflows {
             .await;
         if let Err(error) = begun {
             lock(&self.0.live).remove(&id);
-            return Err(error.into());
+            let fault = Fault::from(error);
+            // Somebody may have joined meanwhile.
+            live.leave_open(fault.clone());
+            return Err(fault);
         }
         let workflows = self.clone();
         tokio::spawn(async move {
@@ -502,6 +505,10 @@ impl Workflows {
 
     fn turn_on(&self, vm: &str) -> Arc<Turn> {
         let mut turns = lock(&self.0.turns);
+        if turns.len() > 1_024 {
+            // Of VMs that nobody waits for, and of names that no VM has.
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        }
         turns.entry(vm.to_owned()).or_default().clone()
     }
 
