@@ -50,13 +50,18 @@ pub fn serve(config: Config) -> Result<(), String> {
 /// A sentence that says what would keep it from serving.
 pub fn check(config: Config) -> Result<String, String> {
     runtime()?.block_on(async {
-        if let Some(folder) = config.journal.path.parent()
+        // What is missing is made when the agent starts, so the nearest that is
+        // there tells.
+        let there = config
+            .journal
+            .path
+            .ancestors()
+            .skip(1)
+            .find(|it| it.exists());
+        if let Some(folder) = there
             && !folder.is_dir()
         {
-            return Err(format!(
-                "journal.path: the folder '{}' does not exist",
-                folder.display()
-            ));
+            return Err(format!("journal.path: '{}' is no folder", folder.display()));
         }
         if config.journal.path.exists() {
             Journal::probe(&config.journal.path).map_err(|error| error.to_string())?;

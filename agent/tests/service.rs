@@ -112,7 +112,25 @@ fn check_tells_which_layer_a_slip_is_in_and_ends_with_a_status_of_its_own() {
             "no line {line} in {text}"
         );
     }
+    // A folder that the agent would make is not missed, but a file in its place is.
+    let deep = folder.path("not/yet/there.db");
+    let fine = Command::new(AGENT)
+        .args(["check", "--libvirt-uri", URI, "--journal", &deep])
+        .output()
+        .unwrap();
+    assert!(fine.status.success(), "{}", said(&fine));
+    let below = format!("{file}/journal.db");
+    let refused = Command::new(AGENT)
+        .args(["check", "--libvirt-uri", URI, "--journal", &below])
+        .output()
+        .unwrap();
+    assert!(
+        said(&refused).contains("is no folder"),
+        "{}",
+        said(&refused)
+    );
     // It changes nothing.
+    assert!(!Path::new(&folder.path("not")).exists());
     assert!(!Path::new(&folder.path("journal.db")).exists());
     // What cannot be reached is no slip of the configuration.
     let away = agent(&folder, &["check", "--libvirt-uri", "nowhere:///"], &[]);

@@ -191,7 +191,9 @@ fn shown(version: Option<Vec<u32>>) -> String {
 fn deb(files: &Path, version: &str, into: &Path, small: bool) -> Result<PathBuf> {
     let tree = into.join("deb");
     remove(&tree)?;
-    copy_tree(files, &tree)?;
+    let mut copy = command("cp", ["-a"]);
+    copy.arg(files).arg(&tree);
+    step("files of the .deb", copy)?;
     let scripts = checkout().join("packaging/deb");
     let control = tree.join("DEBIAN");
     fs::create_dir_all(&control)?;
