@@ -38,7 +38,8 @@ cd /
 say() { echo "# $*"; }
 case $kind in
 deb)
-    add() { dpkg -i "$1"; }
+    # Elsewhere dpkg does not know what the host has.
+    add() { dpkg -i $([ -e /etc/debian_version ] || echo --force-depends) "$1"; }
     remove() { dpkg -r vmsnap-agent; }
     version() { dpkg-query -W -f "\${Version}" vmsnap-agent; }
     ;;

@@ -125,7 +125,7 @@ impl Layers {
     /// What cannot be read, understood or work, and the layer it came from.
     pub fn load(&self) -> Result<Loaded, ConfigError> {
         let keys = keys();
-        let (mut table, mut sources) = self.from_file()?;
+        let (mut table, mut sources) = self.of_file()?;
         for (source, key, text) in self.overrides(&keys)? {
             let refused = |problem: String| ConfigError {
                 place: source.clone(),
@@ -165,7 +165,7 @@ impl Layers {
     }
 
     /// The file's keys, and on which line each stands.
-    fn from_file(&self) -> Result<(Table, BTreeMap<String, String>), ConfigError> {
+    fn of_file(&self) -> Result<(Table, BTreeMap<String, String>), ConfigError> {
         let path = self.file.as_deref().unwrap_or(Path::new(DEFAULT_PATH));
         let Some(text) = super::read(path, self.file.is_some())? else {
             return Ok(Default::default());
