@@ -128,6 +128,65 @@ mod tests {
         ))));
     }
 
+    /// What a subscriber writes of one line within a run and a step.
+    fn written<S: Subscriber + Send + Sync>(make: impl FnOnce(Buffer) -> S) -> String {
+        let buffer = Buffer::default();
+        tracing::subscriber::with_default(make(buffer.clone()), || {
+            let run = tracing::error_span!("run", run = "r1", vm = "web1");
+            let _run = run.enter();
+            let step = tracing::error_span!("step", step = "suspend the VM");
+            let _step = step.enter();
+            tracing::warn!(seconds = 3, "it takes long");
+        });
+        let bytes = buffer.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[derive(Debug, Clone, Default)]
+    struct Buffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_for_the_journal_has_its_level_in_front_its_run_and_step_and_no_time() {
+        let text = written(|buffer| {
+            tracing_subscriber::fmt()
+                .with_ansi(false)
+                .with_writer(move || buffer.clone())
+                .event_format(ForJournal::text())
+                .finish()
+        });
+        assert_eq!(
+            text,
+            "<4>run{run=\"r1\" vm=\"web1\"}:step{step=\"suspend the VM\"}: \
+             vmsnap_agent::logs::tests: it takes long seconds=3\n"
+        );
+        let text = written(|buffer| {
+            tracing_subscriber::fmt()
+                .with_writer(move || buffer.clone())
+                .fmt_fields(JsonFields::new())
+                .event_format(ForJournal::json())
+                .finish()
+        });
+        let line: serde_json::Value =
+            serde_json::from_str(text.strip_prefix("<4>").unwrap()).unwrap();
+        assert_eq!(line["message"], "it takes long");
+        assert_eq!(line["level"], "WARN");
+        assert_eq!(line["spans"][0]["run"], "r1");
+        assert_eq!(line["spans"][0]["vm"], "web1");
+        assert_eq!(line["spans"][1]["step"], "suspend the VM");
+        assert!(line.get("timestamp").is_none(), "{text}");
+    }
+
     #[test]
     fn a_level_is_what_the_journal_calls_it() {
         assert_eq!(priority(Level::ERROR), "<3>");

@@ -213,6 +213,34 @@ fn a_service_manager_hands_its_socket_over_and_hears_how_the_agent_is() {
 }
 
 #[test]
+fn where_errors_go_to_the_journal_lines_carry_their_level_and_no_time() {
+    use std::os::unix::fs::MetadataExt as _;
+    let folder = Folder::new();
+    let log = std::fs::File::create(folder.path("log")).unwrap();
+    let own = log.metadata().unwrap();
+    let mut running = Running(
+        Command::new(AGENT)
+            .args(["serve", "--libvirt-uri", URI, "--socket", &folder.path("s")])
+            .args(["--journal", &folder.path("journal.db")])
+            .env("JOURNAL_STREAM", format!("{}:{}", own.dev(), own.ino()))
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap(),
+    );
+    let since = Instant::now();
+    let read = || std::fs::read_to_string(folder.path("log")).unwrap();
+    while !read().contains("serving socket=") {
+        assert!(since.elapsed() < Duration::from_secs(20), "{}", read());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    running.0.kill().unwrap();
+    for line in read().lines() {
+        assert!(line.starts_with("<6>vmsnap_agent::"), "{line}");
+    }
+}
+
+#[test]
 fn the_units_are_sound_and_as_tight_as_the_guide_says() {
     let unit = format!("{PACKAGING}/systemd/vmsnap-agent.service");
     let verified = Command::new("systemd-analyze")
