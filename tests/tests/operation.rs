@@ -226,7 +226,7 @@ fn a_real_prometheus_reads_every_metric_and_its_rules_alert_of_a_run_that_is_stu
         "step{step=\"suspend the VM",
         "operation=\"suspend\""
     ]));
-    assert!(within(&["ERROR", "run ends: stuck"]), "{lines:#?}");
+    assert!(within(&["ERROR", "run ends: a run is stuck"]), "{lines:#?}");
     assert!(within(&["WARN", "undoing failed"]), "{lines:#?}");
 
     let prometheus = Prometheus::start(&lab, &agent)?;

@@ -487,7 +487,6 @@ impl Titles {
 }
 
 /// An event.
-#[must_use]
 ///
 /// # Errors
 /// The status that ends the stream, where that is what the event says.

@@ -352,7 +352,7 @@ pub fn problems(standing: &Standing) -> Vec<Problem> {
             Kind::JournalSpaceLow,
             false,
             format!("the journal's file system has {} MiB free", size.free >> 20),
-            "make room there, or lower journal.keep_days and journal.keep_runs",
+            "make room there, or lower journal.max_mib",
         ));
     }
     if standing.stopping {
