@@ -10,9 +10,11 @@ use tokio::sync::watch;
 use vmsnap_hypervisor::{Hypervisor, Options};
 
 use crate::{
-    api::Endpoints,
-    config::{Config, LogFormat},
+    api::{Endpoints, Handed},
+    config::Config,
     journal::Journal,
+    logs,
+    operate::{activation, metrics, notify::Notifier, scrape},
     planning::actions::kind::version,
     workflows::Workflows,
 };
@@ -34,7 +36,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 /// # Errors
 /// A sentence that says what kept it from serving.
 pub fn serve(config: Config) -> Result<(), String> {
-    log_to_stderr(&config)?;
+    logs::to_stderr(&config)?;
     let runtime = runtime()?;
     let served = runtime.block_on(run(config));
     // A thread that reads a large file, or waits for libvirt, does not hold up the end.
@@ -48,13 +50,18 @@ pub fn serve(config: Config) -> Result<(), String> {
 /// A sentence that says what would keep it from serving.
 pub fn check(config: Config) -> Result<String, String> {
     runtime()?.block_on(async {
-        if let Some(folder) = config.journal.path.parent()
+        // What is missing is made when the agent starts, so the nearest that is
+        // there tells.
+        let there = config
+            .journal
+            .path
+            .ancestors()
+            .skip(1)
+            .find(|it| it.exists());
+        if let Some(folder) = there
             && !folder.is_dir()
         {
-            return Err(format!(
-                "journal.path: the folder '{}' does not exist",
-                folder.display()
-            ));
+            return Err(format!("journal.path: '{}' is no folder", folder.display()));
         }
         if config.journal.path.exists() {
             Journal::probe(&config.journal.path).map_err(|error| error.to_string())?;
@@ -100,6 +107,9 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
 }
 
 async fn run(config: Config) -> Result<(), String> {
+    let manager = Notifier::from_environment();
+    let starting = manager.starting();
+    let handed = activation::take()?;
     let path = &config.journal.path;
     if let Some(folder) = path
         .parent()
@@ -110,7 +120,16 @@ async fn run(config: Config) -> Result<(), String> {
     }
     // The sockets first: they also tell whether another agent is alive, whose
     // journal must not be recovered under its feet.
-    let endpoints = Endpoints::open(&config).await?;
+    let sockets = Handed {
+        unix: handed.unix,
+        tcp: handed.tcp,
+    };
+    let endpoints = Endpoints::open(&config, sockets).await?;
+    let metrics = match scrape::Endpoint::open(&config, handed.metrics).await? {
+        // Before anything is counted.
+        Some(endpoint) => Some((endpoint, metrics::install()?)),
+        None => None,
+    };
     let _owner = own(path)?;
     let journal = Journal::open(path).map_err(|error| error.to_string())?;
     let hypervisor = connect(&config).await?;
@@ -125,6 +144,7 @@ async fn run(config: Config) -> Result<(), String> {
         hypervisor_version = %version(host.hypervisor_version),
         "connected"
     );
+    let shutdown = Duration::from_secs(config.limits.shutdown);
     let workflows = Workflows::new(hypervisor, journal, config);
     let recovered = workflows
         .recover()
@@ -137,16 +157,25 @@ async fn run(config: Config) -> Result<(), String> {
     tracing::info!(
         socket = bound.socket.as_deref().unwrap_or("none"),
         tcp = %bound.tcp.map_or_else(|| "none".to_owned(), |tcp| tcp.to_string()),
+        metrics = %metrics
+            .as_ref()
+            .map_or_else(|| "none".to_owned(), |(endpoint, _)| endpoint.address()),
         "serving"
     );
 
     tokio::spawn(workflows.clone().keep_guards());
     tokio::spawn(workflows.clone().keep_journal());
     tokio::spawn(workflows.clone().keep_stuck());
+    if let Some((endpoint, handle)) = metrics {
+        tokio::spawn(endpoint.serve(workflows.clone(), handle));
+    }
     let (stop, stopped) = watch::channel(false);
     let mut serving = tokio::spawn(endpoints.serve(workflows.clone(), stopped));
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
+    drop(starting);
+    manager.ready();
+    tokio::spawn(manager.clone().keep(workflows.clone()));
     tokio::select! {
         ended = &mut serving => {
             return match ended {
@@ -159,6 +188,7 @@ async fn run(config: Config) -> Result<(), String> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping");
+    manager.stopping(shutdown);
     let left = workflows.shut_down().await;
     if left > 0 {
         tracing::error!(
@@ -192,18 +222,4 @@ fn own(journal: &Path) -> Result<std::fs::File, String> {
             Err(format!("journal.path: '{}': {error}", path.display()))
         }
     }
-}
-
-fn log_to_stderr(config: &Config) -> Result<(), String> {
-    let filter = config
-        .log_filter()
-        .map_err(|problem| format!("log.level: {problem}"))?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    let set = match config.log.format {
-        LogFormat::Text => builder.with_ansi(false).try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
-    set.map_err(|error| format!("log: {error}"))
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use vmsnap_agent::{
     config::Config,
+    operate::{health, metrics::METRICS},
     planning::{Reason, issues},
 };
 
@@ -31,6 +32,80 @@ fn every_key_of_the_configuration_is_explained_with_its_default() {
             let line = format!("| `{section}.{key}` | `{default}` |");
             assert!(page.contains(&line), "configuration.md lacks {line}");
         }
+    }
+}
+
+#[test]
+fn the_page_of_metrics_is_what_there_is() {
+    let page = read("metrics.md");
+    let rows: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let wanted: Vec<String> = METRICS
+        .iter()
+        .map(|metric| {
+            let labels: Vec<String> = metric
+                .labels
+                .iter()
+                .map(|label| format!("`{label}`"))
+                .collect();
+            format!(
+                "| `{}` | {} | {} | {} |",
+                metric.name,
+                metric.kind.name(),
+                labels.join(", "),
+                metric.help
+            )
+        })
+        .collect();
+    assert_eq!(rows, wanted);
+    for kind in health::Kind::ALL {
+        assert!(page.contains(&format!("`{}`", kind.name())), "{kind:?}");
+    }
+}
+
+#[test]
+fn the_guide_has_a_word_on_every_alert_and_on_every_problem() {
+    let guide = read("operating.md");
+    let rules = read("../packaging/prometheus/vmsnap.rules.yml");
+    let alerts: Vec<&str> = rules
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+        .collect();
+    assert!(alerts.len() > 10, "{alerts:?}");
+    for alert in alerts {
+        assert!(guide.contains(&format!("### {alert}\n")), "{alert}");
+    }
+    for kind in health::Kind::ALL {
+        assert!(guide.contains(&format!("`{}`", kind.name())), "{kind:?}");
+    }
+}
+
+/// The metrics that a text names: those of a histogram by their parts.
+fn named(text: &str) -> Vec<String> {
+    let mut names: Vec<String> = text
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| word.starts_with("vmsnap_"))
+        .map(|word| word.trim_end_matches("_bucket").to_owned())
+        .collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[test]
+fn rules_and_dashboard_name_no_metric_that_is_not_there_and_the_dashboard_all() {
+    let known: Vec<&str> = METRICS.iter().map(|metric| metric.name).collect();
+    let dashboard = named(&read("../packaging/grafana/vmsnap.json"));
+    for name in named(&read("../packaging/prometheus/vmsnap.rules.yml"))
+        .iter()
+        .chain(&dashboard)
+    {
+        assert!(known.contains(&name.as_str()), "{name}");
+    }
+    for name in known {
+        assert!(dashboard.iter().any(|it| it == name), "no panel on {name}");
     }
 }
 

@@ -150,6 +150,18 @@ pub async fn run(cli: Cli) -> Result<Status, Trouble> {
             context.show(|| storage.to_json(), || render::storage::storage(&storage))
         }
         Command::Issues { command } => issues(&context, command).await,
+        Command::Health => {
+            let health = context.connect().await?.health().await?;
+            context.show(
+                || health.to_json(),
+                || render::health::problems(&health, &context.clock, context.style),
+            )?;
+            Ok(if health.problems.is_empty() {
+                Status::Done
+            } else {
+                Status::Failed
+            })
+        }
         Command::Version => version(&context).await,
     }
 }

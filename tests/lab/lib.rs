@@ -21,6 +21,7 @@ pub mod contract;
 pub mod domain;
 pub mod guest;
 pub mod herd;
+pub mod http;
 pub mod image;
 pub mod owner;
 pub mod paths;

@@ -162,7 +162,7 @@ fn a_full_journal_stops_a_run_before_its_next_effect_and_the_run_is_closed_once_
         }
         fs::remove_file(filler)?;
         let run = closed(&agent, name, "failed")?;
-        assert!(run["failure"]["reason"].as_str().is_some(), "{run}");
+        assert!(run["failure"]["reason"].is_string(), "{run}");
         assert_eq!(domain.state()?, "running", "{at}");
         assert_eq!(domain.snapshots()?, NONE, "{at}");
         assert_eq!(domain.files()?, files, "{at}");
@@ -570,6 +570,14 @@ fn a_guest_whose_agent_never_answers_again_leaves_its_run_stuck_until_somebody_r
     guest.ssh("kill -CONT $(pidof qemu-ga)")?;
     settled(&guest)?;
     assert_eq!(newest(&agent, &name)?["state"], "stuck");
+    // Health tells of the run, and of the guest no more.
+    eventually(LONG, "word that the guest was let go", || {
+        let health = agent.vmsnap(&["health"]);
+        health.is_ok_and(|health| {
+            let problems = health.events[0]["problems"].as_array();
+            problems.is_some_and(|all| all.len() == 1 && all[0]["kind"] == "run_stuck")
+        })
+    })?;
     agent
         .vmsnap(&["resolve", id, "--note", "the agent was continued"])?
         .document()?;

@@ -11,16 +11,17 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::{broadcast, watch};
 use virt::{connect::Connect, domain::Domain};
 
 use crate::{
+    counters,
     error::{Error, ErrorKind, Fault},
     events::{self, DomainEvent},
-    lanes::{Asks, Call, LANES, Lane, Lanes},
+    lanes::{Asks, Call, LANES, Lane, Lanes, OverdueCall},
     options::Options,
 };
 
@@ -28,6 +29,8 @@ use crate::{
 const EVENTS: usize = 1024;
 /// Pause between two tries to connect, growing to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// How long libvirt may be away before somebody has to act.
+const ALARM: Duration = Duration::from_secs(60);
 
 /// Whether libvirt is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +41,8 @@ pub enum LinkStatus {
     Down {
         /// libvirt's words.
         why: String,
+        /// Since when.
+        since: SystemTime,
     },
 }
 
@@ -173,6 +178,7 @@ impl Hypervisor {
             slots,
             status: watch::Sender::new(LinkStatus::Down {
                 why: "not connected yet".into(),
+                since: SystemTime::now(),
             }),
             down: Arc::new(Mutex::new(Some(Instant::now()))),
             events: broadcast::Sender::new(EVENTS),
@@ -220,6 +226,7 @@ impl Hypervisor {
             .name("libvirt-keeper".into())
             .spawn(move || {
                 let mut pause = BACKOFF.0;
+                let mut outage: Option<Outage> = None;
                 loop {
                     let why = match open(&options) {
                         Ok(connection) => {
@@ -228,6 +235,9 @@ impl Hypervisor {
                             *lock(&down) = None;
                             status.send_replace(LinkStatus::Up);
                             tracing::debug!("libvirt's events are registered");
+                            if let Some(outage) = outage.take() {
+                                outage.over();
+                            }
                             pause = BACKOFF.0;
                             let why = loop {
                                 match told.recv_timeout(Duration::from_millis(500)) {
@@ -246,7 +256,9 @@ impl Hypervisor {
                             };
                             // Told before the old connections are closed, which may wait.
                             lock(&down).get_or_insert_with(Instant::now);
-                            status.send_replace(LinkStatus::Down { why: why.clone() });
+                            let since = outage.get_or_insert_with(Outage::begin).since;
+                            let words = why.clone();
+                            status.send_replace(LinkStatus::Down { why: words, since });
                             discard_aside(Some(connection));
                             // The others' sockets are to the same dead daemon.
                             for slot in slots.iter() {
@@ -256,8 +268,8 @@ impl Hypervisor {
                         }
                         Err(fault) => fault.detail,
                     };
-                    tracing::warn!(%why, "the connection to libvirt is down");
-                    status.send_replace(LinkStatus::Down { why });
+                    let since = outage.get_or_insert_with(Outage::begin).goes_on(&why);
+                    status.send_replace(LinkStatus::Down { why, since });
                     if ended.recv_timeout(pause)
                         == Err(std::sync::mpsc::RecvTimeoutError::Disconnected)
                     {
@@ -287,6 +299,18 @@ impl Hypervisor {
     #[must_use]
     pub fn overdue(&self) -> usize {
         self.0.lanes.late()
+    }
+
+    /// The same, one by one, the oldest first.
+    #[must_use]
+    pub fn overdue_calls(&self) -> Vec<OverdueCall> {
+        self.0.lanes.late_calls()
+    }
+
+    /// Calls that libvirt has now, those past their deadline included.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.0.lanes.in_flight()
     }
 
     /// Waits until no call on this domain is past its deadline any more.
@@ -393,7 +417,7 @@ impl Hypervisor {
     fn why_down(&self) -> String {
         match &*self.0.status.borrow() {
             LinkStatus::Up => String::new(),
-            LinkStatus::Down { why } => why.clone(),
+            LinkStatus::Down { why, .. } => why.clone(),
         }
     }
 
@@ -541,6 +565,55 @@ pub(crate) enum Asking {
     ToRelease,
     /// Whether it let go.
     AfterRelease,
+}
+
+/// A time without libvirt, told once when it begins and once more when it lasts,
+/// not at every try.
+struct Outage {
+    since: SystemTime,
+    tries: u64,
+    alarmed: bool,
+}
+
+impl Outage {
+    fn begin() -> Self {
+        Self {
+            since: SystemTime::now(),
+            tries: 0,
+            alarmed: false,
+        }
+    }
+
+    fn lasted(&self) -> Duration {
+        self.since.elapsed().unwrap_or_default()
+    }
+
+    /// Tells of it if that is due; since when it lasts.
+    fn goes_on(&mut self, why: &str) -> SystemTime {
+        self.tries += 1;
+        let seconds = self.lasted().as_secs();
+        if self.tries == 1 {
+            tracing::warn!(why, "the connection to libvirt is down");
+        } else if !self.alarmed && self.lasted() >= ALARM {
+            self.alarmed = true;
+            tracing::error!(
+                why,
+                seconds,
+                "libvirt is still not reachable: look whether its daemon runs"
+            );
+        } else {
+            tracing::debug!(why, seconds, "libvirt is not reachable");
+        }
+        self.since
+    }
+
+    fn over(self) {
+        counters::add(&counters::RECONNECTS);
+        tracing::info!(
+            seconds = self.lasted().as_secs(),
+            "libvirt is reachable again"
+        );
+    }
 }
 
 /// A domain as it stands in errors.

@@ -18,13 +18,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
-use tracing::{debug, warn};
+use tracing::{Instrument as _, Span, debug, warn};
 
+use crate::counters;
 use crate::error::{Error, ErrorKind, Fault};
 use crate::failpoint;
 
@@ -98,6 +99,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A call past its deadline that libvirt has not answered yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OverdueCall {
+    /// What it does, such as `resume`.
+    pub operation: &'static str,
+    /// To what, such as `domain web1`.
+    pub subject: String,
+    /// When it was made.
+    pub since: Instant,
+}
+
+/// Calls of all lanes that are late.
+type Late = Mutex<Vec<OverdueCall>>;
+
 /// The places that one domain or pool has in the lanes.
 struct Gate {
     lanes: [Arc<Semaphore>; LANES],
@@ -150,8 +165,7 @@ enum Phase {
 /// One call between its thread and whoever watches its deadline.
 struct Ticket {
     phase: Mutex<Phase>,
-    operation: &'static str,
-    since: Instant,
+    call: OverdueCall,
     /// It asks the guest agent.
     asks: bool,
     gate: Option<Arc<Gate>>,
@@ -167,7 +181,7 @@ pub(crate) struct Lanes {
     freezes: Arc<Semaphore>,
     patient_release: Arc<Semaphore>,
     gates: Mutex<HashMap<String, Arc<Gate>>>,
-    late: Arc<AtomicUsize>,
+    late: Arc<Late>,
     queue_deadline: Duration,
     on_late: Arc<dyn Fn(Lane) + Send + Sync>,
     threads: Arc<Threads>,
@@ -195,7 +209,22 @@ impl Lanes {
 
     /// Calls past their deadline that libvirt has not answered yet.
     pub fn late(&self) -> usize {
-        self.late.load(Ordering::Relaxed)
+        lock(&self.late).len()
+    }
+
+    /// The same, one by one, the oldest first.
+    pub fn late_calls(&self) -> Vec<OverdueCall> {
+        let mut calls = lock(&self.late).clone();
+        calls.sort_by_key(|call| call.since);
+        calls
+    }
+
+    /// Calls that libvirt has now, late ones included.
+    pub fn in_flight(&self) -> usize {
+        let free = self.in_flight.available_permits()
+            + self.release_in_flight.available_permits()
+            + self.guest_in_flight.available_permits();
+        (IN_FLIGHT + 2 * PER_LANE).saturating_sub(free)
     }
 
     /// Waits until no call on `scope` is late.
@@ -272,8 +301,11 @@ impl Lanes {
         }
         let ticket = Arc::new(Ticket {
             phase: Mutex::new(Phase::InFlight),
-            operation: call.operation,
-            since: Instant::now(),
+            call: OverdueCall {
+                operation: call.operation,
+                subject: call.subject.clone(),
+                since: Instant::now(),
+            },
             asks: call.asks != Asks::Nothing,
             gate,
         });
@@ -284,15 +316,18 @@ impl Lanes {
             None => work(),
         };
         let job = {
-            let (ticket, late, subject) = (ticket.clone(), self.late.clone(), call.subject.clone());
+            let (ticket, late) = (ticket.clone(), self.late.clone());
+            // The thread's lines belong to the run whose call it makes.
+            let span = Span::current();
             Box::new(move || {
+                let _within = span.enter();
                 let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
                     Err(Fault::new(
                         ErrorKind::CallPanicked,
                         panic_words(panic.as_ref()),
                     ))
                 });
-                ticket.came_back(&late, &subject, result.as_ref().err());
+                ticket.came_back(&late, result.as_ref().err());
                 // The places are free before the caller goes on: its next call finds them.
                 drop(held);
                 let _ = answer.send(result);
@@ -305,7 +340,7 @@ impl Lanes {
 
         // A task of its own, so that a caller that goes away does not leave the deadline unwatched.
         let (late, on_late, deadline) = (self.late.clone(), self.on_late.clone(), call.deadline);
-        let watch = tokio::spawn(async move {
+        let watching = async move {
             let mut answered = answered;
             let result = match tokio::time::timeout(deadline, &mut answered).await {
                 Ok(result) => result,
@@ -324,8 +359,8 @@ impl Lanes {
                     "the call's thread ended early",
                 ))
             })
-        });
-        let result = watch
+        };
+        let result = tokio::spawn(watching.instrument(Span::current()))
             .await
             .unwrap_or_else(|_| Err(Fault::new(ErrorKind::Other, "the runtime is shutting down")));
         result.map_err(|fault| call.error(fault))
@@ -365,34 +400,45 @@ fn panic_words(panic: &(dyn std::any::Any + Send)) -> String {
 
 impl Ticket {
     /// The deadline passed. False when the call came back first.
-    fn overrun(&self, late: &AtomicUsize) -> bool {
+    fn overrun(&self, late: &Late) -> bool {
         let mut phase = lock(&self.phase);
         if *phase != Phase::InFlight {
             return false;
         }
         *phase = Phase::Late;
-        late.fetch_add(1, Ordering::Relaxed);
+        lock(late).push(self.call.clone());
+        counters::add(&counters::OVERDUE);
         if let Some(gate) = &self.gate {
-            lock(&gate.late).push((self.operation, self.since));
+            lock(&gate.late).push((self.call.operation, self.call.since));
         }
+        warn!(
+            operation = self.call.operation,
+            subject = self.call.subject,
+            seconds = self.call.since.elapsed().as_secs(),
+            "libvirt has not answered a call within its deadline"
+        );
         true
     }
 
-    fn came_back(&self, late: &AtomicUsize, subject: &str, fault: Option<&Fault>) {
+    fn came_back(&self, late: &Late, fault: Option<&Fault>) {
         if let (true, Some(gate)) = (self.asks, &self.gate) {
-            let silent = fault.is_some() && self.since.elapsed() >= SILENT;
+            let silent = fault.is_some() && self.call.since.elapsed() >= SILENT;
             gate.silent.store(silent, Ordering::Relaxed);
         }
         let mut phase = lock(&self.phase);
         if std::mem::replace(&mut *phase, Phase::Done) != Phase::Late {
             return;
         }
-        late.fetch_sub(1, Ordering::Relaxed);
+        let mut all = lock(late);
+        if let Some(at) = all.iter().position(|call| *call == self.call) {
+            all.swap_remove(at);
+        }
+        drop(all);
         if let Some(gate) = &self.gate {
             let mut calls = lock(&gate.late);
             if let Some(at) = calls
                 .iter()
-                .position(|call| *call == (self.operation, self.since))
+                .position(|call| *call == (self.call.operation, self.call.since))
             {
                 calls.swap_remove(at);
             }
@@ -400,9 +446,9 @@ impl Ticket {
             gate.settled.notify_waiters();
         }
         warn!(
-            operation = self.operation,
-            subject,
-            seconds = self.since.elapsed().as_secs(),
+            operation = self.call.operation,
+            subject = self.call.subject,
+            seconds = self.call.since.elapsed().as_secs(),
             failed = fault.map(|fault| fault.to_string()),
             "a call past its deadline came back"
         );

@@ -13,4 +13,4 @@ mod server;
 pub mod spec;
 mod workflow;
 
-pub use server::{Bound, Endpoints};
+pub use server::{Bound, Endpoints, Handed, group_id_of, open_socket};

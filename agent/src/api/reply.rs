@@ -9,6 +9,7 @@ use super::errors;
 use crate::{
     flow::Record,
     journal::{RunRow, RunStatus, Stamped},
+    operate::health,
     planning::{
         Done, Facts, Outcome, Plan, Step, Warning,
         actions::{checks, revert},
@@ -26,6 +27,31 @@ pub fn timestamp(time: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: time.as_second(),
         nanos: time.subsec_nanosecond(),
+    }
+}
+
+/// Something that is wrong.
+#[must_use]
+pub fn problem(problem: health::Problem) -> v1::HealthProblem {
+    let kind = match problem.kind {
+        health::Kind::GuestHeld => v1::HealthProblemKind::GuestHeld,
+        health::Kind::RunStuck => v1::HealthProblemKind::RunStuck,
+        health::Kind::HypervisorUnreachable => v1::HealthProblemKind::HypervisorUnreachable,
+        health::Kind::JournalUnusable => v1::HealthProblemKind::JournalUnusable,
+        health::Kind::GuardOverdue => v1::HealthProblemKind::GuardOverdue,
+        health::Kind::GuardHeld => v1::HealthProblemKind::GuardHeld,
+        health::Kind::CallOverdue => v1::HealthProblemKind::CallOverdue,
+        health::Kind::JournalSpaceLow => v1::HealthProblemKind::JournalSpaceLow,
+        health::Kind::Stopping => v1::HealthProblemKind::Stopping,
+    };
+    v1::HealthProblem {
+        kind: kind as i32,
+        urgent: problem.urgent,
+        since: problem.since.map(timestamp),
+        vm_name: problem.vm,
+        workflow_id: problem.run,
+        message: problem.message,
+        remedy: problem.remedy,
     }
 }
 

@@ -13,6 +13,8 @@
 //! - A run begins only where there is room for its records, so that a full disk
 //!   is met before the first effect and hardly ever between two.
 //! - Times are milliseconds since the epoch.
+//! - Whether writing works is known at all times: the last failure stands until
+//!   something was written.
 
 mod schema;
 mod store;
@@ -20,8 +22,9 @@ mod store;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
+    time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
@@ -248,6 +251,34 @@ pub enum JournalError {
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
+/// So long after something was written it is taken for granted that writing works.
+const PROVEN: Duration = Duration::from_secs(60);
+
+/// That reading or writing failed, and nothing was written since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failing {
+    /// Since when.
+    pub since: Timestamp,
+    /// The last failure's words.
+    pub why: String,
+}
+
+/// What the last calls told of the file.
+#[derive(Debug)]
+struct Condition {
+    failing: Option<Failing>,
+    written: Instant,
+}
+
+/// Bytes of the journal's files, and what is free around them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Of the database and its log.
+    pub bytes: u64,
+    /// Free in its file system for the agent.
+    pub free: u64,
+}
+
 /// A cheap handle to the journal.
 #[derive(Debug, Clone)]
 pub struct Journal {
@@ -255,6 +286,7 @@ pub struct Journal {
     path: Arc<PathBuf>,
     /// Told when a guard was kept.
     guards: Arc<Notify>,
+    condition: Arc<Mutex<Condition>>,
 }
 
 impl Journal {
@@ -281,6 +313,10 @@ impl Journal {
             jobs,
             path: Arc::new(path.to_owned()),
             guards: Arc::default(),
+            condition: Arc::new(Mutex::new(Condition {
+                failing: None,
+                written: Instant::now(),
+            })),
         })
     }
 
@@ -303,7 +339,104 @@ impl Journal {
         });
         self.jobs.send(job).map_err(|_| JournalError::Closed)?;
         let result = answer.await.map_err(|_| JournalError::Closed)?;
-        result.map_err(|error| error.at(&self.path))
+        result.map_err(|error| {
+            let of_the_file = error.is_of_the_file();
+            let error = error.at(&self.path);
+            if of_the_file {
+                self.failed(&error);
+            }
+            error
+        })
+    }
+
+    /// A call that writes: when it succeeds, writing works.
+    async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, store::Error> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        let done = self.call(work).await?;
+        let mut condition = self.condition();
+        condition.written = Instant::now();
+        if let Some(failing) = condition.failing.take() {
+            drop(condition);
+            tracing::info!(since = %failing.since, "the journal can be written again");
+        }
+        Ok(done)
+    }
+
+    fn condition(&self) -> MutexGuard<'_, Condition> {
+        self.condition
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failed(&self, error: &JournalError) {
+        let why = error.to_string();
+        let mut condition = self.condition();
+        match &mut condition.failing {
+            Some(failing) => failing.why = why,
+            none => {
+                tracing::error!(%error, "the journal cannot be used: no run can go on");
+                *none = Some(Failing {
+                    since: Timestamp::now(),
+                    why,
+                });
+            }
+        }
+    }
+
+    /// Whether reading or writing failed, and nothing was written since.
+    #[must_use]
+    pub fn failing(&self) -> Option<Failing> {
+        self.condition().failing.clone()
+    }
+
+    /// Proves that the journal's thread is alive, that there is room for a run and,
+    /// when nothing else was written for a minute or writing failed, that it can
+    /// write.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub async fn beat(&self) -> Result<(), JournalError> {
+        let proven = {
+            let condition = self.condition();
+            condition.failing.is_none() && condition.written.elapsed() < PROVEN
+        };
+        let path = self.path.clone();
+        let beat = move |db: &mut Connection| match schema::lacks_room(&path) {
+            Some(full) => Err(store::Error::Journal(full)),
+            None if proven => store::look(db),
+            None => store::beat(db),
+        };
+        if proven {
+            self.call(beat).await
+        } else {
+            self.write(beat).await
+        }
+    }
+
+    /// How much room the journal takes, and how much is left; `None` when its
+    /// files cannot be looked at.
+    #[must_use]
+    pub fn size(&self) -> Option<Size> {
+        let mut log = self.path.as_os_str().to_owned();
+        log.push("-wal");
+        let file = std::fs::metadata(&*self.path).ok()?.len();
+        let log = std::fs::metadata(log).map_or(0, |log| log.len());
+        let space = rustix::fs::statvfs(&*self.path).ok()?;
+        Some(Size {
+            bytes: file.saturating_add(log),
+            free: space.f_bavail.saturating_mul(space.f_frsize),
+        })
+    }
+
+    /// The newest stuck runs, and how many there are in all.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn stuck_runs(&self, limit: u32) -> Result<(Vec<RunRow>, u64), JournalError> {
+        self.call(move |db| Ok((store::stuck_runs(db, limit)?, store::count_stuck(db)?)))
+            .await
     }
 
     /// Notes a new run.
@@ -312,7 +445,7 @@ impl Journal {
     /// When it is not on disk, or there is no room for its records.
     pub async fn begin(&self, run: RunRow) -> Result<(), JournalError> {
         let path = self.path.clone();
-        self.call(move |db| {
+        self.write(move |db| {
             if let Some(full) = schema::lacks_room(&path) {
                 return Err(store::Error::Journal(full));
             }
@@ -328,7 +461,7 @@ impl Journal {
     /// Why not.
     pub async fn takes_records_of(&self, run: &str) -> Result<(), JournalError> {
         let (path, run) = (self.path.clone(), run.to_owned());
-        self.call(move |db| match schema::lacks_room(&path) {
+        self.write(move |db| match schema::lacks_room(&path) {
             Some(full) => Err(store::Error::Journal(full)),
             None => store::touch(db, &run),
         })
@@ -341,7 +474,7 @@ impl Journal {
     /// When it is not on disk.
     pub async fn append(&self, run: &str, record: Record) -> Result<Stamped, JournalError> {
         let run = run.to_owned();
-        self.call(move |db| store::append(db, &run, record)).await
+        self.write(move |db| store::append(db, &run, record)).await
     }
 
     /// Reads one run.
@@ -490,7 +623,7 @@ impl Journal {
     /// # Errors
     /// When it is not on disk.
     pub async fn put_guard(&self, guard: Guard) -> Result<(), JournalError> {
-        self.call(move |db| store::put_guard(db, &guard)).await?;
+        self.write(move |db| store::put_guard(db, &guard)).await?;
         self.guards.notify_one();
         Ok(())
     }

@@ -91,6 +91,9 @@ pub const MIGRATIONS: &[&str] = &[
     ALTER TABLE files ADD COLUMN vm TEXT NOT NULL DEFAULT '';
     UPDATE files SET vm = coalesce((SELECT vm FROM runs WHERE id = files.run), '');
 ",
+    "
+    CREATE INDEX runs_stuck ON runs (id) WHERE status = 'stuck';
+",
 ];
 
 /// Bytes up to which SQLite's write-ahead log keeps its room when it begins anew.

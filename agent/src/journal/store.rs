@@ -27,6 +27,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the file could not be read or written, rather than that something
+    /// was asked for that is not there or not allowed.
+    pub fn is_of_the_file(&self) -> bool {
+        match self {
+            Self::Sql(rusqlite::Error::SqliteFailure(failure, _)) => {
+                failure.code != rusqlite::ErrorCode::ConstraintViolation
+            }
+            Self::Journal(_) => true,
+            Self::Sql(_) | Self::Value(..) => false,
+        }
+    }
+
     /// With the journal's path.
     pub fn at(self, path: &Path) -> JournalError {
         match self {
@@ -279,6 +291,39 @@ pub fn open_runs(db: &mut Connection) -> Result<Vec<RunRow>> {
     let rows = statement.query_map([], RawRun::read)?;
     rows.map(|row| row.map_err(Error::from).and_then(RawRun::understand))
         .collect()
+}
+
+/// The newest stuck runs. The status stands in the statement itself, so that the
+/// index of stuck runs serves and no other row is read.
+pub fn stuck_runs(db: &mut Connection, limit: u32) -> Result<Vec<RunRow>> {
+    let mut statement = db.prepare(&format!(
+        "SELECT {COLUMNS} FROM runs WHERE status = 'stuck' ORDER BY id DESC LIMIT ?1"
+    ))?;
+    let rows = statement.query_map([limit], RawRun::read)?;
+    rows.map(|row| row.map_err(Error::from).and_then(RawRun::understand))
+        .collect()
+}
+
+pub fn count_stuck(db: &mut Connection) -> Result<u64> {
+    let count: i64 = db.query_row(
+        "SELECT count(*) FROM runs WHERE status = 'stuck'",
+        [],
+        |row| row.get(0),
+    )?;
+    Ok(u64::try_from(count).unwrap_or(0))
+}
+
+/// Writes one page, as it was: proves that writing works.
+pub fn beat(db: &mut Connection) -> Result<()> {
+    let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    db.pragma_update(None, "user_version", version)?;
+    Ok(())
+}
+
+/// Reads from the file: proves that reading works.
+pub fn look(db: &mut Connection) -> Result<()> {
+    db.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))?;
+    Ok(())
 }
 
 pub fn records(db: &mut Connection, run: &str, from: u64) -> Result<Vec<Stamped>> {

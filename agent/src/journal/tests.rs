@@ -433,3 +433,72 @@ async fn a_journal_of_the_first_version_opens_with_all_that_it_holds_and_learns_
     assert_eq!(mode, 2);
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[tokio::test]
+async fn a_journal_that_cannot_be_written_says_so_until_it_can() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    journal.beat().await.unwrap();
+    assert_eq!(journal.failing(), None);
+    let other = Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    // Reading goes on; whether writing does is tried when nothing proves it.
+    journal.beat().await.unwrap();
+    journal.condition().written = Instant::now().checked_sub(PROVEN).unwrap();
+    let error = journal.beat().await.unwrap_err();
+    assert!(error.to_string().contains("locked"), "{error}");
+    let failing = journal.failing().unwrap();
+    assert!(failing.why.contains("locked"), "{failing:?}");
+    // What is merely not there is no failure of the file.
+    assert_eq!(journal.run("none").await.unwrap(), None);
+    assert_eq!(journal.failing(), Some(failing));
+    other.execute_batch("ROLLBACK").unwrap();
+    journal.beat().await.unwrap();
+    assert_eq!(journal.failing(), None);
+    assert!(journal.append("none", closed()).await.is_err());
+    assert_eq!(journal.failing(), None);
+    assert!(journal.size().unwrap().bytes > 4_096);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn stuck_runs_are_found_by_their_index_and_counted() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    for id in ["1", "2", "3"] {
+        journal.begin(row(id)).await.unwrap();
+        let closing = if id == "2" {
+            Closing::Succeeded
+        } else {
+            Closing::Stuck
+        };
+        let record = Record::Closed {
+            closing,
+            outcome: None,
+            fault: None,
+        };
+        journal.append(id, record).await.unwrap();
+    }
+    let (named, all) = journal.stuck_runs(1).await.unwrap();
+    assert_eq!(all, 2);
+    assert_eq!(named.len(), 1);
+    assert_eq!(named[0].id, "3");
+    let resolved = Record::Resolved {
+        by: "uid:0".into(),
+        note: "done".into(),
+    };
+    journal.append("3", resolved).await.unwrap();
+    assert_eq!(journal.stuck_runs(9).await.unwrap().1, 1);
+    let db = Connection::open(&path).unwrap();
+    let plan: String = db
+        .query_row(
+            "EXPLAIN QUERY PLAN SELECT count(*) FROM runs WHERE status = 'stuck'",
+            [],
+            |row| row.get(3),
+        )
+        .unwrap();
+    assert!(plan.contains("runs_stuck"), "{plan}");
+    std::fs::remove_dir_all(folder).unwrap();
+}

@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tracing::Instrument as _;
 use vmsnap_engine::{Cancel, Hold, Perform};
 use vmsnap_hypervisor::Hypervisor;
 
@@ -289,6 +290,11 @@ impl Performer {
     }
 }
 
+/// Every line within a step names it. A level that no filter keeps out.
+fn span(step: &Step) -> tracing::Span {
+    tracing::error_span!("step", step = step.title())
+}
+
 impl Perform<Snapshots> for Performer {
     async fn perform(
         &self,
@@ -297,9 +303,15 @@ impl Perform<Snapshots> for Performer {
         done: &[Option<Done>],
         cancel: &Cancel,
     ) -> Result<Done, Fault> {
-        tracing::debug!(run = %self.live.id, vm = %self.vm(), step = step.title(), "step begins");
-        let taken = self.take(index, step, done, cancel).await;
-        taken.map_err(|fault| self.placed(fault, step))
+        let taking = async {
+            tracing::debug!("step begins");
+            let taken = self.take(index, step, done, cancel).await;
+            taken.map_err(|fault| {
+                tracing::info!(%fault, "step failed");
+                self.placed(fault, step)
+            })
+        };
+        taking.instrument(span(step)).await
     }
 
     /// Undoes a step. Without libvirt nothing can be undone, so it is waited for:
@@ -311,24 +323,24 @@ impl Perform<Snapshots> for Performer {
         step: &Step,
         done: &[Option<Done>],
     ) -> Result<String, Fault> {
-        tracing::info!(run = %self.live.id, vm = %self.vm(), step = step.title(), "undoing");
-        loop {
-            let undone = self.take_back(index, step, done).await;
-            match undone {
-                Err(fault) if fault.reason == Reason::HypervisorUnreachable => {
-                    tracing::error!(
-                        run = %self.live.id,
-                        vm = %self.vm(),
-                        step = step.title(),
-                        %fault,
-                        "undoing waits for libvirt"
-                    );
-                    tokio::time::sleep(AGAIN).await;
-                    self.hypervisor.is_there().await;
+        let undoing = async {
+            tracing::info!("undoing");
+            loop {
+                match self.take_back(index, step, done).await {
+                    Ok(undone) => return Ok(undone),
+                    Err(fault) if fault.reason == Reason::HypervisorUnreachable => {
+                        tracing::error!(%fault, "undoing waits for libvirt");
+                        tokio::time::sleep(AGAIN).await;
+                        self.hypervisor.is_there().await;
+                    }
+                    Err(fault) => {
+                        tracing::warn!(%fault, "undoing failed");
+                        return Err(fault);
+                    }
                 }
-                undone => return undone,
             }
-        }
+        };
+        undoing.instrument(span(step)).await
     }
 
     async fn conclude(

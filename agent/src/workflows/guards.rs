@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tokio_stream::StreamExt as _;
+use tracing::Instrument as _;
 
 use super::{Event, Submission, Workflows};
 use crate::{
@@ -69,7 +70,14 @@ impl Workflows {
             let wait = if guard.deadline > now {
                 Duration::try_from(now.duration_until(guard.deadline)).unwrap_or_default()
             } else {
-                match self.act(&guard, started).await? {
+                // Every line on it names the run that armed it, and its VM.
+                let span = tracing::error_span!(
+                    "guard",
+                    run = %guard.run,
+                    vm = %guard.vm,
+                    snapshot = %guard.snapshot,
+                );
+                match self.act(&guard, started).instrument(span).await? {
                     Acted::Settled => continue,
                     Acted::Later => AGAIN,
                 }
@@ -100,7 +108,7 @@ impl Workflows {
             }
             Err(fault) => return self.hold(guard, fault.message).await,
         }
-        tracing::warn!(vm = %guard.vm, snapshot = %guard.snapshot, "nobody confirmed: reverting");
+        tracing::warn!("nobody confirmed: reverting");
         match self.take_back(guard).await {
             Ok(()) => Ok(Acted::Settled),
             // A merge ends some time, the agent is started again, libvirt comes back,
@@ -115,7 +123,7 @@ impl Workflows {
                         | Reason::JournalUnavailable
                 ) =>
             {
-                tracing::warn!(vm = %guard.vm, %fault, "the revert of a guarded change waits");
+                tracing::warn!(%fault, "the revert of a guarded change waits");
                 Ok(Acted::Later)
             }
             Err(fault) => {
@@ -190,8 +198,6 @@ impl Workflows {
 
     async fn hold(&self, guard: &Guard, why: String) -> Result<Acted, Fault> {
         tracing::error!(
-            vm = %guard.vm,
-            snapshot = %guard.snapshot,
             deadline = %guard.deadline,
             why = %why,
             "a guarded change was not confirmed and is held: confirm it, or revert"

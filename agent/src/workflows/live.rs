@@ -7,13 +7,15 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use jiff::Timestamp;
 use tokio::sync::{broadcast, watch};
-use vmsnap_engine::{Cancel, Log, LogError};
+use vmsnap_engine::{Cancel, Closing, Log, LogError};
 use vmsnap_hypervisor::failpoint;
 
 use crate::{
     flow::{Record, Snapshots},
     journal::{Journal, Stamped},
+    operate::metrics,
     planning::{Fault, Reason, Request, issues},
 };
 
@@ -41,6 +43,8 @@ pub struct Live {
     pub request: Request,
     /// Who asked, for those who are told who is in the way.
     pub caller: String,
+    /// When it began.
+    pub started: Timestamp,
     /// Hash of the plan that its first caller demanded; empty for any.
     pub demanded: OnceLock<String>,
     /// Stops it.
@@ -67,11 +71,15 @@ impl Live {
         records: Vec<Stamped>,
     ) -> Arc<Self> {
         let last = records.last().map_or(0, |record| record.sequence);
+        let started = records
+            .first()
+            .map_or_else(Timestamp::now, |record| record.time);
         Arc::new(Self {
             id,
             request_id,
             request,
             caller,
+            started,
             demanded: OnceLock::new(),
             cancel: Cancel::default(),
             stop_reason: Mutex::new(None),
@@ -152,6 +160,43 @@ impl Live {
         self.cancel.request();
     }
 
+    /// What every line of it carries. A level that no filter keeps out.
+    #[must_use]
+    pub fn span(&self) -> tracing::Span {
+        tracing::error_span!(
+            parent: None,
+            "run",
+            run = %self.id,
+            vm = %self.request.vm,
+            action = self.request.action.name(),
+            caller = %self.caller,
+        )
+    }
+
+    /// Logs its end, louder the more somebody has to act.
+    pub fn told_end(&self, closing: Closing) {
+        let seconds = Timestamp::now().duration_since(self.started).as_secs_f64();
+        let fault = self.records_from(1).iter().rev().find_map(|record| {
+            let Record::Closed { fault, .. } = &record.record else {
+                return None;
+            };
+            fault.as_ref().map(ToString::to_string)
+        });
+        let fault = fault.unwrap_or_default();
+        match closing {
+            Closing::Succeeded => tracing::info!(seconds, "run ends: succeeded"),
+            Closing::Cancelled => tracing::info!(seconds, %fault, "run ends: cancelled and undone"),
+            Closing::Refused => tracing::info!(%fault, "run ends: refused, nothing was touched"),
+            Closing::Failed => tracing::warn!(seconds, %fault, "run ends: failed and undone"),
+            Closing::Stuck => tracing::error!(
+                seconds,
+                %fault,
+                "run ends: a run is stuck: look at the VM, then say what was done with 'vmsnap \
+                 resolve'"
+            ),
+        }
+    }
+
     /// Why it was stopped.
     #[must_use]
     pub fn stopped_because(&self) -> Option<Fault> {
@@ -199,6 +244,7 @@ impl Log<Snapshots> for LiveLog {
             failpoint::killed_at("journal.record");
         }
         let sequence = stamped.sequence;
+        metrics::of_record(&self.live, &stamped);
         self.live
             .records
             .write()

@@ -13,6 +13,7 @@
 
 mod guards;
 mod live;
+mod standing;
 mod stuck;
 mod watch;
 
@@ -27,6 +28,7 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
+use tracing::Instrument as _;
 use vmsnap_engine::{Closing, Log as _, Run};
 use vmsnap_hypervisor::Hypervisor;
 
@@ -75,6 +77,7 @@ struct Inner {
     ended: Notify,
     /// Stuck runs whose guests may be frozen.
     maybe_frozen: Mutex<BTreeSet<String>>,
+    kept: Mutex<standing::Kept>,
 }
 
 /// A cheap handle to all runs.
@@ -126,6 +129,7 @@ impl Workflows {
             places,
             ended: Notify::new(),
             maybe_frozen: Mutex::default(),
+            kept: Mutex::default(),
         }))
     }
 
@@ -133,6 +137,12 @@ impl Workflows {
     #[must_use]
     pub fn observer(&self) -> &Observer {
         &self.0.observer
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.0.config
     }
 
     /// The journal.
@@ -256,10 +266,12 @@ impl Workflows {
             return Err(fault);
         }
         let workflows = self.clone();
-        tokio::spawn(async move {
+        let span = live.span();
+        let driving = async move {
             let _place = place;
             workflows.drive(live, how).await;
-        });
+        };
+        tokio::spawn(driving.instrument(span));
         Ok(id)
     }
 
@@ -294,14 +306,7 @@ impl Workflows {
     }
 
     async fn drive(&self, live: Arc<Live>, how: Submission) {
-        let span_id = live.id.clone();
-        tracing::info!(
-            run = %span_id,
-            vm = %live.request.vm,
-            action = live.request.action.name(),
-            caller = %live.caller,
-            "run begins"
-        );
+        tracing::info!("run begins");
         let timer = how.timeout.map(|timeout| {
             let live = live.clone();
             tokio::spawn(async move {
@@ -326,17 +331,15 @@ impl Workflows {
         }
         match closing {
             Ok(closing) => {
-                tracing::info!(run = %span_id, closing = ?closing, "run ends");
+                live.told_end(closing);
                 if closing == Closing::Stuck
-                    && let Err(fault) = self.is_stuck(&live.id, &live.request.vm).await
+                    && let Err(fault) = self.is_stuck(&live.id).await
                 {
-                    tracing::error!(run = %span_id, %fault, "the stuck run cannot be read");
+                    tracing::error!(%fault, "the stuck run cannot be read");
                 }
             }
             Err(error) => {
                 tracing::error!(
-                    run = %span_id,
-                    vm = %live.request.vm,
                     %error,
                     "the journal failed: what the run held is let go, and the run is undone once \
                      the journal can be written"
@@ -645,20 +648,24 @@ impl Workflows {
             journal: self.0.journal.clone(),
         };
         let state = folded(&live);
-        let closing = match state.plan.clone() {
-            None => refuse(&log, fault).await,
-            Some(plan) => {
-                let performer = self.performer(&live, *plan, None);
-                Run::new(state, &performer, &log, live.cancel.clone())
-                    .recover(fault)
-                    .await
+        let recovering = async {
+            tracing::info!("an interrupted run is recovered");
+            match state.plan.clone() {
+                None => refuse(&log, fault).await,
+                Some(plan) => {
+                    let performer = self.performer(&live, *plan, None);
+                    Run::new(state, &performer, &log, live.cancel.clone())
+                        .recover(fault)
+                        .await
+                }
             }
         };
-        match closing {
+        let span = live.span();
+        match recovering.instrument(span.clone()).await {
             Ok(closing) => {
-                tracing::warn!(run = %live.id, vm = %live.request.vm, ?closing, "an interrupted run was recovered");
+                span.in_scope(|| live.told_end(closing));
                 if closing == Closing::Stuck {
-                    self.is_stuck(&live.id, &live.request.vm).await?;
+                    self.is_stuck(&live.id).await?;
                 }
                 Ok(())
             }

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use tracing::Instrument as _;
 use vmsnap_engine::Hold;
 
 use super::{Live, Workflows, lock};
@@ -29,8 +30,7 @@ impl Workflows {
             for run in runs {
                 match self.let_go(&run).await {
                     Ok(None) => {}
-                    Ok(Some(note)) => {
-                        tracing::warn!(run = %run, note, "the guest of a stuck run was let go");
+                    Ok(Some(_)) => {
                         lock(&self.0.maybe_frozen).remove(&run);
                     }
                     Err(fault) => {
@@ -53,18 +53,18 @@ impl Workflows {
             })
             .await?;
         for run in stuck {
-            self.is_stuck(&run.id, &run.request.vm).await?;
+            tracing::error!(
+                run = %run.id,
+                vm = %run.request.vm,
+                "a run is stuck: look at the VM, then say what was done with 'vmsnap resolve'"
+            );
+            self.is_stuck(&run.id).await?;
         }
         Ok(())
     }
 
-    /// Raises the alarm for a run that is stuck, and takes care of its guest.
-    pub(super) async fn is_stuck(&self, run: &str, vm: &str) -> Result<(), Fault> {
-        tracing::error!(
-            run,
-            vm,
-            "a run is stuck: look at the VM, then say what was done with 'vmsnap resolve'"
-        );
+    /// Takes care of the guest of a run that is stuck.
+    pub(super) async fn is_stuck(&self, run: &str) -> Result<(), Fault> {
         let state = self.read_state(run).await?;
         if state
             .open_holds()
@@ -100,7 +100,13 @@ impl Workflows {
             run.caller.identity,
             Vec::new(),
         );
-        self.performer(&live, *plan, None).thawed_by_now().await
+        let span = live.span();
+        let performer = self.performer(&live, *plan, None);
+        let note = performer.thawed_by_now().instrument(span.clone()).await?;
+        if let Some(note) = note {
+            span.in_scope(|| tracing::warn!(note, "the guest of a stuck run was let go"));
+        }
+        Ok(note)
     }
 
     /// Does the steps of a run.

@@ -4,6 +4,7 @@
 //! the terminal's abilities are arguments too, so that golden texts can hold it.
 
 pub mod failure;
+pub mod health;
 pub mod issues;
 pub mod plan;
 pub mod result;
