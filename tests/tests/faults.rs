@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use serde_json::Value;
 use vmsnap_proto::v1;
 use vmsnap_tests::{
     Agent, Blank, BlankSpec, Cli, Domain, Lab,
-    command::{run, succeed},
+    command::{Output, run, succeed},
     eventually, eventually_some, fill,
 };
 
@@ -55,20 +55,27 @@ fn closed(agent: &Agent, vm: &str, state: &str) -> Result<Value> {
     })
 }
 
-/// Starts an agent that stands still for so many milliseconds at a place.
-fn pausing(agent: &mut Agent, place: &str, skip: usize, millis: u32) -> Result<()> {
+/// Has an agent stand still after the record behind `skip` others, until the file is
+/// there that this gives.
+fn pausing(agent: &mut Agent, skip: usize) -> Result<PathBuf> {
     agent.stop();
-    let skipped = match skip {
-        0 => String::new(),
-        skip => format!("{skip}*off->"),
-    };
-    agent.set_env(
-        "FAILPOINTS",
-        &format!("{place}={skipped}1*sleep({millis})->off"),
-    );
+    let file = agent.folder().join(format!("go{skip}"));
+    let wait = format!("1*return(wait {})->off", file.display());
+    agent.set_env("FAILPOINTS", &format!("journal.record={skip}*off->{wait}"));
     agent.start()?;
     agent.set_env("FAILPOINTS", "");
-    Ok(())
+    Ok(file)
+}
+
+/// What a command left that ran on a thread of its own.
+fn cli(output: &Output) -> Result<Cli> {
+    let events = output.text();
+    let events = events.lines().map(serde_json::from_str);
+    Ok(Cli {
+        status: output.status,
+        events: events.collect::<Result<_, _>>()?,
+        said: output.complaint(),
+    })
 }
 
 fn start(agent: &Agent, words: &[&str]) -> Result<Child> {
@@ -120,20 +127,19 @@ fn a_full_journal_stops_a_run_before_its_next_effect_and_the_run_is_closed_once_
     ensure!(places.len() >= 4, "{kinds:?}");
     for (turn, place) in places.into_iter().enumerate() {
         // It stands still right after this record; the disk is full when it goes on.
-        pausing(&mut agent, "journal.record", place, 900)?;
-        let before = kinds[place - 1].clone();
-        let mut seen = 0;
-        let mut filled = None;
-        let cut = agent.vmsnap_seen(&words, |event| {
-            let counted = event["event"] != "step_progress" && event["event"] != "heartbeat";
-            seen += usize::from(counted);
-            if counted && seen == place {
-                assert_eq!(event["event"], before.as_str());
-                std::thread::sleep(Duration::from_millis(300));
-                filled = fill(&small.folder).ok();
-            }
+        let go = pausing(&mut agent, place)?;
+        let came = agent.log().matches("failpoint reached").count();
+        let mut command = agent.cli(&words)?;
+        let caller = std::thread::spawn(move || run(&mut command, None, LONG));
+        eventually(SOON, "record", || {
+            agent.log().matches("failpoint reached").count() > came
         })?;
-        let filler = filled.with_context(|| format!("record {place} was never seen"))?;
+        let filler = fill(&small.folder)?;
+        fs::write(go, "")?;
+        let output = caller
+            .join()
+            .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
+        let cut = cli(&output)?;
         let at = format!("after record {} ({})", place + 1, kinds[place]);
         assert_ne!(cut.status, 0, "{at}");
         let failure = told(&cut)?;
@@ -162,7 +168,12 @@ fn a_full_journal_stops_a_run_before_its_next_effect_and_the_run_is_closed_once_
         }
         fs::remove_file(filler)?;
         let run = closed(&agent, name, "failed")?;
-        assert!(run["failure"]["reason"].is_string(), "{run}");
+        let reason = run["failure"]["reason"].as_str().context("a reason")?;
+        let wanted = match turn % 2 {
+            1 => "INTERRUPTED",
+            _ => "JOURNAL_UNAVAILABLE",
+        };
+        assert_eq!(reason, wanted, "{at}: {run}");
         assert_eq!(domain.state()?, "running", "{at}");
         assert_eq!(domain.snapshots()?, NONE, "{at}");
         assert_eq!(domain.files()?, files, "{at}");
@@ -336,16 +347,7 @@ fn meets_a_full_disk(lab: &Lab, agent: &Agent, case: &Full, folder: &Path) -> Re
     let output = caller
         .join()
         .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
-    let events: Vec<Value> = output
-        .text()
-        .lines()
-        .map(serde_json::from_str)
-        .collect::<Result<_, _>>()?;
-    let cli = Cli {
-        status: output.status,
-        events,
-        said: output.complaint(),
-    };
+    let cli = cli(&output)?;
     let failure = cli.failure()?;
     assert_eq!(failure["reason"], "NO_SPACE", "{failure}");
     assert_eq!(

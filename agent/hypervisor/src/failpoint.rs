@@ -7,6 +7,7 @@
 //! | place | value | what happens |
 //! |---|---|---|
 //! | `journal.record` | | the agent is killed as soon as a record of a changing run is on disk |
+//! | | `wait FILE` | the run goes on after that record once the file is there |
 //! | `effect.OPERATION` | `before` | the call fails and was never made |
 //! | | `after` | the call is made, and its answer is lost |
 //! | | `late MILLIS` | the call is made so much later |
@@ -42,10 +43,18 @@ pub fn at(place: &str) -> Option<String> {
     None
 }
 
-/// Ends this process as `kill -9` does, if a test wants it at this place.
-pub fn killed_at(place: &str) {
-    if at(place).is_some() {
-        kill(std::process::id());
+/// Ends this process as `kill -9` does, or waits for a file, if a test wants that at
+/// this place.
+pub async fn reached(place: &str) {
+    let Some(wanted) = at(place) else {
+        return;
+    };
+    tracing::warn!(place, wanted, "failpoint reached");
+    let Some(file) = wanted.strip_prefix("wait ") else {
+        return kill(std::process::id());
+    };
+    while !std::path::Path::new(file).exists() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -241,7 +241,7 @@ impl Log<Snapshots> for LiveLog {
                 lost
             })?;
         if !self.live.request.action.reads_only() {
-            failpoint::killed_at("journal.record");
+            failpoint::reached("journal.record").await;
         }
         let sequence = stamped.sequence;
         metrics::of_record(&self.live, &stamped);

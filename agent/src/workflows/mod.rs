@@ -344,25 +344,34 @@ impl Workflows {
                     "the journal failed: what the run held is let go, and the run is undone once \
                      the journal can be written"
                 );
-                self.close_later(&live).await;
+                let why = live.unwritten().unwrap_or_else(|| {
+                    Fault::new(Reason::Internal, "the journal holds an impossible record")
+                });
+                let fault = Fault {
+                    message: format!(
+                        "{}; the run was stopped by that, and undone when the journal could be \
+                         written again",
+                        why.message
+                    ),
+                    ..why.clone()
+                };
+                self.close_later(&live, why, fault).await;
             }
         }
         lock(&self.0.live).remove(&live.id);
         self.0.ended.notify_one();
     }
 
-    /// Tells the watchers of a run that it does not go on, and undoes and closes it
-    /// as soon as the journal can be written. Its turn has to be held until then.
-    async fn close_later(&self, live: &Live) {
-        let why = live.unwritten().unwrap_or_else(|| {
-            Fault::new(Reason::Internal, "the journal holds an impossible record")
-        });
+    /// Tells the watchers of a run why it does not go on, and undoes and closes it
+    /// with `fault` as soon as the journal can be written. Its turn has to be held
+    /// until then.
+    async fn close_later(&self, live: &Live, why: Fault, fault: Fault) {
         live.leave_open(Fault {
             message: format!(
                 "{}; run {} is undone and closed once the journal can be written",
                 why.message, live.id
             ),
-            ..why.clone()
+            ..why
         });
         let mut pause = LEFT_OPEN.0;
         loop {
@@ -372,7 +381,7 @@ impl Workflows {
             if self.0.stopping.load(Ordering::Acquire) {
                 return;
             }
-            match self.try_to_close(live, &why).await {
+            match self.try_to_close(live, &fault).await {
                 Ok(()) => return,
                 Err(still) => {
                     tracing::debug!(run = %live.id, %still, "the run cannot be closed yet");
@@ -381,21 +390,13 @@ impl Workflows {
         }
     }
 
-    async fn try_to_close(&self, live: &Live, why: &Fault) -> Result<(), Fault> {
+    async fn try_to_close(&self, live: &Live, fault: &Fault) -> Result<(), Fault> {
         self.0.journal.takes_records_of(&live.id).await?;
         let run = self.run(&live.id).await?;
         if run.status.is_over() {
             return Ok(());
         }
-        let fault = Fault {
-            message: format!(
-                "{}; the run was stopped by that, and undone when the journal could be written \
-                 again",
-                why.message
-            ),
-            ..why.clone()
-        };
-        self.recover_one(run, fault).await
+        self.recover_one(run, fault.clone()).await
     }
 
     /// Removes old runs now and then, for ever.
@@ -609,10 +610,10 @@ impl Workflows {
                 Reason::Interrupted,
                 "the agent stopped in the middle of this run and undid it when it came back",
             );
-            let Err(fault) = self.recover_one(run.clone(), interrupted).await else {
+            let Err(why) = self.recover_one(run.clone(), interrupted.clone()).await else {
                 continue;
             };
-            tracing::error!(run = %run.id, vm = %run.request.vm, %fault, "an interrupted run stays open");
+            tracing::error!(run = %run.id, vm = %run.request.vm, %why, "an interrupted run stays open");
             let records = self.0.journal.records(&run.id, 1).await?;
             let live = Live::new(
                 run.id,
@@ -627,7 +628,7 @@ impl Workflows {
             let workflows = self.clone();
             tokio::spawn(async move {
                 let _turn = turn;
-                workflows.close_later(&live).await;
+                workflows.close_later(&live, why, interrupted).await;
                 lock(&workflows.0.live).remove(&live.id);
             });
         }
