@@ -17,6 +17,9 @@ use tracing_subscriber::EnvFilter;
 /// Where the configuration is looked for unless another file is named.
 pub const DEFAULT_PATH: &str = "/etc/vmsnap/agent.toml";
 
+/// Where the roles are looked for unless another file is named; it may be absent.
+pub const DEFAULT_ROLES: &str = "/etc/vmsnap/roles.toml";
+
 /// Longest time that is configured in seconds: longer ones are slips, and the
 /// longest that TOML can write lie beyond every clock.
 const YEAR: u64 = 366 * 86_400;
@@ -31,6 +34,10 @@ pub struct Config {
     pub libvirt: Libvirt,
     /// Where callers reach the agent.
     pub listen: Listen,
+    /// The agent's own proof, and whose word it takes for that of callers.
+    pub tls: Tls,
+    /// Who may do what.
+    pub trust: Trust,
     /// The journal.
     pub journal: Journal,
     /// Storage.
@@ -71,6 +78,47 @@ pub struct Listen {
     /// Loopback address for plaintext TCP, such as `127.0.0.1:7443`; empty for
     /// none. Anything but loopback is refused.
     pub tcp: String,
+    /// Address for mutual TLS, such as `0.0.0.0:7443` or `[::]:7443`; empty for
+    /// none.
+    pub tls: String,
+}
+
+/// `[tls]`: PEM files, read anew when they change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// The agent's certificate, followed by its intermediates.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The CAs that sign the certificates of callers.
+    pub client_ca: PathBuf,
+}
+
+/// `[trust]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Trust {
+    /// The file of roles, read anew when it changes.
+    pub roles: PathBuf,
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self {
+            certificate: "/etc/vmsnap/agent.pem".into(),
+            key: "/etc/vmsnap/agent.key".into(),
+            client_ca: "/etc/vmsnap/ca.pem".into(),
+        }
+    }
+}
+
+impl Default for Trust {
+    fn default() -> Self {
+        Self {
+            roles: DEFAULT_ROLES.into(),
+        }
+    }
 }
 
 /// `[journal]`
@@ -83,6 +131,8 @@ pub struct Journal {
     pub keep_days: u32,
     /// The newest runs that stay whatever their age.
     pub keep_runs: u32,
+    /// Entries of the audit trail that stay at most.
+    pub keep_audit: u32,
 }
 
 /// `[storage]`
@@ -101,6 +151,18 @@ pub struct Limits {
     pub max_chain: u32,
     /// Runs that may be open at once.
     pub max_runs: u32,
+    /// Those of one caller among them.
+    pub max_runs_per_peer: u32,
+    /// Connections that may be open at once.
+    pub max_connections: u32,
+    /// Calls that may wait for their answer at once, streams apart.
+    pub max_calls: u32,
+    /// Those of one caller among them.
+    pub max_calls_per_peer: u32,
+    /// Streams that may be open at once.
+    pub max_streams: u32,
+    /// Those of one caller among them.
+    pub max_streams_per_peer: u32,
     /// Seconds between heartbeats of a watched run.
     pub heartbeat: u64,
     /// Seconds that open runs may take to stop when the agent is told to.
@@ -161,6 +223,7 @@ impl Default for Listen {
             socket_group: String::new(),
             socket_mode: "0660".into(),
             tcp: String::new(),
+            tls: String::new(),
         }
     }
 }
@@ -171,6 +234,7 @@ impl Default for Journal {
             path: "/var/lib/vmsnap/journal.db".into(),
             keep_days: 90,
             keep_runs: 1_000,
+            keep_audit: 100_000,
         }
     }
 }
@@ -180,6 +244,12 @@ impl Default for Limits {
         Self {
             max_chain: 32,
             max_runs: 256,
+            max_runs_per_peer: 128,
+            max_connections: 2_048,
+            max_calls: 512,
+            max_calls_per_peer: 256,
+            max_streams: 1_024,
+            max_streams_per_peer: 512,
             heartbeat: 10,
             shutdown: 60,
         }
@@ -264,10 +334,22 @@ impl Config {
                 problem,
             })
         };
-        if self.listen.socket.as_os_str().is_empty() && self.listen.tcp.is_empty() {
+        if self.listen.socket.as_os_str().is_empty()
+            && self.listen.tcp.is_empty()
+            && self.listen.tls.is_empty()
+        {
             return wrong(
                 "listen",
-                "neither socket nor tcp is set; nobody could call".into(),
+                "neither socket nor tls nor tcp is set; nobody could call".into(),
+            );
+        }
+        if !self.listen.tls.is_empty() && self.tls().is_none() {
+            return wrong(
+                "listen.tls",
+                format!(
+                    "'{}' is not an address with a port, such as 0.0.0.0:7443 or [::]:7443",
+                    self.listen.tls
+                ),
             );
         }
         if self.listen.socket.as_os_str().len() > 107 {
@@ -297,7 +379,7 @@ impl Config {
                         "listen.tcp",
                         format!(
                             "{address} is not a loopback address; plaintext is served on loopback \
-                             only, across hosts mutual TLS is needed"
+                             only, across hosts mutual TLS is needed (listen.tls)"
                         ),
                     );
                 }
@@ -331,6 +413,43 @@ impl Config {
             ("limits.shutdown", self.limits.shutdown, 0, YEAR),
             ("limits.max_chain", u64::from(self.limits.max_chain), 1, any),
             ("limits.max_runs", u64::from(self.limits.max_runs), 1, any),
+            (
+                "limits.max_runs_per_peer",
+                u64::from(self.limits.max_runs_per_peer),
+                1,
+                any,
+            ),
+            (
+                "limits.max_connections",
+                u64::from(self.limits.max_connections),
+                1,
+                any,
+            ),
+            ("limits.max_calls", u64::from(self.limits.max_calls), 1, any),
+            (
+                "limits.max_calls_per_peer",
+                u64::from(self.limits.max_calls_per_peer),
+                1,
+                any,
+            ),
+            (
+                "limits.max_streams",
+                u64::from(self.limits.max_streams),
+                1,
+                any,
+            ),
+            (
+                "limits.max_streams_per_peer",
+                u64::from(self.limits.max_streams_per_peer),
+                1,
+                any,
+            ),
+            (
+                "journal.keep_audit",
+                u64::from(self.journal.keep_audit),
+                1,
+                any,
+            ),
             ("guards.grace", self.guards.grace, 0, YEAR),
             (
                 "journal.keep_days",
@@ -352,6 +471,10 @@ impl Config {
             ("listen.socket", path(&self.listen.socket)),
             ("listen.socket_group", self.listen.socket_group.clone()),
             ("journal.path", path(&self.journal.path)),
+            ("tls.certificate", path(&self.tls.certificate)),
+            ("tls.key", path(&self.tls.key)),
+            ("tls.client_ca", path(&self.tls.client_ca)),
+            ("trust.roles", path(&self.trust.roles)),
         ] {
             if let Some(c) = text.chars().find(|c| c.is_control()) {
                 let code = u32::from(c);
@@ -391,6 +514,22 @@ impl Config {
         self.listen.tcp.parse().ok()
     }
 
+    /// The address for mutual TLS.
+    #[must_use]
+    pub fn tls(&self) -> Option<SocketAddr> {
+        self.listen.tls.parse().ok()
+    }
+
+    /// The files of TLS, where it is served.
+    #[must_use]
+    pub fn tls_paths(&self) -> Option<crate::trust::TlsPaths> {
+        self.tls().map(|_| crate::trust::TlsPaths {
+            certificate: self.tls.certificate.clone(),
+            key: self.tls.key.clone(),
+            client_ca: self.tls.client_ca.clone(),
+        })
+    }
+
     /// Time between heartbeats.
     #[must_use]
     pub fn heartbeat(&self) -> Duration {
@@ -423,6 +562,23 @@ mod tests {
         let error = config.check().unwrap_err();
         assert_eq!(error.place, "listen.tcp");
         assert!(error.problem.contains("mutual TLS"), "{error}");
+    }
+
+    #[test]
+    fn an_address_for_tls_needs_a_port() {
+        for (address, right) in [
+            ("0.0.0.0:7443", true),
+            ("[::]:7443", true),
+            ("10.0.0.1", false),
+            ("kvm1:7443", false),
+        ] {
+            let text = format!("[listen]\ntls = '{address}'\n");
+            let checked = Config::parse(&text, "x").unwrap().check();
+            assert_eq!(checked.is_ok(), right, "{address}");
+            if let Err(error) = checked {
+                assert_eq!(error.place, "listen.tls");
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Invariants: nobody is served before interrupted runs are recovered; a stop
 //! ends within `limits.shutdown` seconds and a little more.
 
-use std::{path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -14,6 +14,7 @@ use crate::{
     config::{Config, LogFormat},
     journal::Journal,
     planning::actions::kind::version,
+    trust::{Auditor, Trust},
     workflows::Workflows,
 };
 
@@ -53,6 +54,7 @@ pub fn check(config: Config) -> Result<String, String> {
         if config.journal.path.exists() {
             Journal::probe(&config.journal.path).map_err(|error| error.to_string())?;
         }
+        Trust::open(&config)?;
         let hypervisor = connect(&config).await?;
         let host = hypervisor.host().await.map_err(|error| {
             format!(
@@ -98,6 +100,7 @@ async fn run(config: Config) -> Result<(), String> {
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("journal.path: '{}': {error}", folder.display()))?;
     }
+    let trust = Trust::open(&config)?;
     // The sockets first: they also tell whether another agent is alive, whose
     // journal must not be recovered under its feet.
     let endpoints = Endpoints::open(&config).await?;
@@ -115,6 +118,7 @@ async fn run(config: Config) -> Result<(), String> {
         hypervisor_version = %version(host.hypervisor_version),
         "connected"
     );
+    let auditor = Auditor::new(journal.clone());
     let workflows = Workflows::new(hypervisor, journal, config);
     let recovered = workflows
         .recover()
@@ -126,13 +130,18 @@ async fn run(config: Config) -> Result<(), String> {
     let bound = endpoints.bound();
     tracing::info!(
         socket = bound.socket.as_deref().unwrap_or("none"),
-        tcp = %bound.tcp.map_or_else(|| "none".to_owned(), |tcp| tcp.to_string()),
+        tcp = %shown(bound.tcp),
+        tls = %shown(bound.tls),
         "serving"
     );
 
     tokio::spawn(workflows.clone().keep_guards());
+    tokio::spawn(workflows.clone().keep_audit_short());
+    tokio::spawn(trust.clone().keep());
+    tokio::spawn(auditor.clone().keep());
     let (stop, stopped) = watch::channel(false);
-    let mut serving = tokio::spawn(endpoints.serve(workflows.clone(), stopped));
+    let mut serving =
+        tokio::spawn(endpoints.serve(workflows.clone(), trust, auditor.clone(), stopped));
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
     tokio::select! {
@@ -158,7 +167,12 @@ async fn run(config: Config) -> Result<(), String> {
     if tokio::time::timeout(STREAMS, serving).await.is_err() {
         tracing::info!("streams that were still open are cut");
     }
+    auditor.flush().await;
     Ok(())
+}
+
+fn shown(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "none".to_owned(), |address| address.to_string())
 }
 
 /// Takes the lock that says whose journal this is.

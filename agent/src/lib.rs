@@ -13,4 +13,5 @@ pub mod journal;
 pub mod observe;
 pub mod perform;
 pub mod planning;
+pub mod trust;
 pub mod workflows;

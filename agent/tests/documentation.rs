@@ -6,6 +6,7 @@ use std::path::Path;
 use vmsnap_agent::{
     config::Config,
     planning::{Reason, issues},
+    trust::rights::{Deed, RIGHTS},
 };
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
@@ -163,4 +164,28 @@ fn every_test_that_the_field_cases_name_is_there() {
         named += 1;
     }
     assert!(named > 30, "only {named} tests are named");
+}
+
+#[test]
+fn the_page_of_trust_shows_the_table_of_rights() {
+    let page = read("trust.md");
+    let section = page.split("## Rights").nth(1).unwrap();
+    let section = section.split("## Audit").next().unwrap();
+    let rows: Vec<&str> = section
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.ends_with("needs |"))
+        .filter(|line| !line.ends_with("needs over the VM |"))
+        .collect();
+    let calls = RIGHTS
+        .iter()
+        .map(|right| format!("| `{}.{}` | {} |", right.service, right.method, right.needs));
+    let deeds = Deed::ALL.iter().map(|deed| {
+        let beyond = if deed.needs_all() {
+            ", over all VMs"
+        } else {
+            ""
+        };
+        format!("| {deed} | {}{beyond} |", deed.needs())
+    });
+    assert_eq!(rows, calls.chain(deeds).collect::<Vec<_>>());
 }

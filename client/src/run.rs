@@ -18,7 +18,7 @@ use vmsnap_proto::v1::{self, workflow_event::Kind};
 
 use crate::{
     client::Client,
-    error::{Error, is_transport},
+    error::{Error, distrust, is_transport},
     failure::Failure,
 };
 
@@ -394,6 +394,10 @@ impl RunStream {
     /// it followed a run for us. An agent that answers a first call with
     /// "unavailable" and a reason has refused it.
     fn may_come_back(&self, status: &Status) -> bool {
+        // What was not trusted now will not be in a moment.
+        if distrust(status).is_some() {
+            return false;
+        }
         is_transport(status) || (status.code() == Code::Unavailable && self.workflow_id.is_some())
     }
 

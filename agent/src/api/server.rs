@@ -1,15 +1,15 @@
-//! Where callers reach the agent: a Unix socket, and plaintext TCP on loopback
-//! when the configuration asks for it.
+//! Where callers reach the agent: a Unix socket, TCP with mutual TLS, and plaintext
+//! TCP on loopback when the configuration asks for it.
 //!
 //! Invariants: a socket file that another agent still serves is never taken
-//! over; one that was left behind by a dead agent is.
+//! over; one that was left behind by a dead agent is; every call passes the gate.
 
 use std::{
-    future::Future,
     io,
     net::SocketAddr,
     os::unix::fs::{PermissionsExt as _, chown},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,19 +17,31 @@ use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
     sync::watch,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
 use vmsnap_proto::v1::{
-    inventory_service_server::InventoryServiceServer,
+    audit_service_server::AuditServiceServer, inventory_service_server::InventoryServiceServer,
     known_issue_service_server::KnownIssueServiceServer,
     workflow_service_server::WorkflowServiceServer,
 };
 
-use super::{inventory, known_issues, workflow};
-use crate::{config::Config, workflows::Workflows};
+use super::{audit, errors, inventory, known_issues, workflow};
+use crate::{
+    config::{Config, Limits},
+    trust::{Auditor, Gate, Listener, Most, Places, Trust, host_groups, incoming},
+    workflows::Workflows,
+};
 
 /// The largest message that is taken, in bytes.
 const MESSAGE_MOST: usize = 256 * 1024;
+/// Streams of one connection, calls included. What one caller may have is
+/// bounded apart from this; here a connection's memory is.
+const STREAMS_MOST: u32 = 512;
+/// Bytes that one connection may send ahead of being read.
+const WINDOW: u32 = 512 * 1024;
+/// And one stream of it.
+const STREAM_WINDOW: u32 = 64 * 1024;
+/// Bytes of a call's headers.
+const HEADERS_MOST: u32 = 16 * 1024;
 /// HTTP/2 pings find out about peers that are gone without a word.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
@@ -39,6 +51,8 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 pub struct Endpoints {
     unix: Option<UnixListener>,
     tcp: Option<TcpListener>,
+    tls: Option<TcpListener>,
+    limits: Limits,
 }
 
 /// Where the agent can be reached.
@@ -48,6 +62,8 @@ pub struct Bound {
     pub socket: Option<String>,
     /// The TCP address, with the port that was given out.
     pub tcp: Option<SocketAddr>,
+    /// The address for mutual TLS, with the port that was given out.
+    pub tls: Option<SocketAddr>,
 }
 
 impl Endpoints {
@@ -66,15 +82,12 @@ impl Endpoints {
                     .map_err(|error| format!("listen.socket '{}': {error}", socket.display()))?,
             )
         };
-        let tcp = match config.tcp() {
-            None => None,
-            Some(address) => Some(
-                TcpListener::bind(address)
-                    .await
-                    .map_err(|error| format!("listen.tcp '{address}': {error}"))?,
-            ),
-        };
-        Ok(Self { unix, tcp })
+        Ok(Self {
+            unix,
+            tcp: bind("listen.tcp", config.tcp()).await?,
+            tls: bind("listen.tls", config.tls()).await?,
+            limits: config.limits.clone(),
+        })
     }
 
     /// Where they are.
@@ -87,6 +100,7 @@ impl Endpoints {
                 .and_then(|unix| unix.local_addr().ok())
                 .and_then(|address| address.as_pathname().map(|path| path.display().to_string())),
             tcp: self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()),
+            tls: self.tls.as_ref().and_then(|tls| tls.local_addr().ok()),
         }
     }
 
@@ -98,6 +112,8 @@ impl Endpoints {
     pub async fn serve(
         self,
         workflows: Workflows,
+        trust: Arc<Trust>,
+        auditor: Auditor,
         stop: watch::Receiver<bool>,
     ) -> Result<(), tonic::transport::Error> {
         let stopped = || {
@@ -117,6 +133,9 @@ impl Endpoints {
         health
             .set_serving::<KnownIssueServiceServer<known_issues::Service>>()
             .await;
+        health
+            .set_serving::<AuditServiceServer<audit::Service>>()
+            .await;
         let watching = tokio::spawn(report_health(workflows.clone(), health));
         let descriptors = || {
             tonic_reflection::server::Builder::configure()
@@ -126,10 +145,40 @@ impl Endpoints {
         // Older tools know only the older form.
         let reflection = reflected(descriptors().build_v1());
         let older_reflection = reflected(descriptors().build_v1alpha());
+        let limits = &self.limits;
+        let places = |what, key, all: u32, peer: u32| {
+            let most = Most {
+                all: all as usize,
+                peer: peer as usize,
+            };
+            Places::new(what, key, most)
+        };
+        let gate = Gate::new(
+            trust.clone(),
+            auditor.clone(),
+            places(
+                "calls",
+                "limits.max_calls",
+                limits.max_calls,
+                limits.max_calls_per_peer,
+            ),
+            places(
+                "streams",
+                "limits.max_streams",
+                limits.max_streams,
+                limits.max_streams_per_peer,
+            ),
+            errors::status,
+        );
         let router = || {
             Server::builder()
                 .http2_keepalive_interval(Some(KEEPALIVE))
                 .http2_keepalive_timeout(Some(KEEPALIVE))
+                .max_concurrent_streams(STREAMS_MOST)
+                .initial_connection_window_size(WINDOW)
+                .initial_stream_window_size(STREAM_WINDOW)
+                .http2_max_header_list_size(HEADERS_MOST)
+                .layer(gate.layer())
                 .add_service(health_service.clone())
                 .add_optional_service(reflection.clone())
                 .add_optional_service(older_reflection.clone())
@@ -145,17 +194,43 @@ impl Endpoints {
                     KnownIssueServiceServer::new(known_issues::Service(workflows.clone()))
                         .max_decoding_message_size(MESSAGE_MOST),
                 )
+                .add_service(
+                    AuditServiceServer::new(audit::Service(workflows.clone()))
+                        .max_decoding_message_size(MESSAGE_MOST),
+                )
         };
-        let over_unix = self.unix.map(|unix| {
-            router().serve_with_incoming_shutdown(UnixListenerStream::new(unix), stopped())
-        });
-        let over_tcp = self.tcp.map(|tcp| {
-            router().serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stopped())
-        });
-        let result = tokio::try_join!(optional(over_unix), optional(over_tcp));
+        let listeners = [
+            self.unix.map(Listener::Unix),
+            self.tcp.map(Listener::Plain),
+            self.tls.map(Listener::Tls),
+        ];
+        let listeners = listeners.into_iter().flatten().collect();
+        let most = self.limits.max_connections as usize;
+        let mut serving = tokio::task::JoinSet::new();
+        for connections in incoming(listeners, &trust, &auditor, most) {
+            serving.spawn(router().serve_with_incoming_shutdown(connections, stopped()));
+        }
+        let mut result = Ok(());
+        while let Some(ended) = serving.join_next().await {
+            // A task of ours neither panics nor is cancelled but with the agent.
+            result = result.and(ended.unwrap_or(Ok(())));
+            if result.is_err() {
+                break;
+            }
+        }
         watching.abort();
-        result.map(|_| ())
+        result
     }
+}
+
+async fn bind(key: &str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, String> {
+    let Some(address) = address else {
+        return Ok(None);
+    };
+    let bound = TcpListener::bind(address).await;
+    bound
+        .map(Some)
+        .map_err(|error| format!("{key} '{address}': {error}"))
 }
 
 /// Reflection, or none when the built-in descriptors cannot be read.
@@ -165,15 +240,6 @@ fn reflected<S, E: std::fmt::Display>(built: Result<S, E>) -> Option<S> {
             |error| tracing::error!(%error, "reflection is off: its descriptors cannot be read"),
         )
         .ok()
-}
-
-async fn optional<F: Future<Output = Result<(), tonic::transport::Error>>>(
-    serving: Option<F>,
-) -> Result<(), tonic::transport::Error> {
-    match serving {
-        Some(serving) => serving.await,
-        None => Ok(()),
-    }
 }
 
 /// Health follows the link to libvirt: without it nothing can be served.
@@ -219,16 +285,10 @@ fn group_id(name: &str) -> io::Result<u32> {
     if let Ok(id) = name.parse() {
         return Ok(id);
     }
-    std::fs::read_to_string("/etc/group")?
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(':');
-            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
-        })
-        .ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::NotFound,
-                format!("the host has no group '{name}'"),
-            )
-        })
+    host_groups().get(name).copied().ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("the host has no group '{name}'"),
+        )
+    })
 }

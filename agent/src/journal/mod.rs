@@ -1,6 +1,6 @@
 //! The journal: runs, their records, what was recorded of snapshots, merges
-//! that are not finished, files that this agent made, and learned fixes. SQLite, on
-//! a thread of its own.
+//! that are not finished, files that this agent made, learned fixes, and the audit
+//! trail. SQLite, on a thread of its own.
 //!
 //! Invariants
 //! - [`Journal::append`] returns only when the record is on disk (WAL with
@@ -9,6 +9,7 @@
 //!   damaged, is an error with a way on, never silently replaced.
 //! - Times are milliseconds since the epoch.
 
+mod audit;
 mod schema;
 mod store;
 
@@ -22,13 +23,14 @@ use std::{
 use jiff::Timestamp;
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 
 use crate::{
     flow::Record,
     planning::{Fault, Outcome, Request, facts::SnapshotRecord, guard::Guard, issues::Learned},
 };
 
+pub use audit::{AuditFilter, AuditResult, AuditRow};
 pub use store::RunFilter;
 
 /// Who asked for a run.
@@ -36,7 +38,7 @@ pub use store::RunFilter;
 pub struct Caller {
     /// `uid:1000`, a certificate's name, `loopback`, or `agent` for itself.
     pub identity: String,
-    /// `unix`, `tcp` or `self`.
+    /// `unix`, `tcp`, `tls` or `self`.
     pub transport: String,
     /// Address, where there is one.
     pub address: String,
@@ -215,6 +217,8 @@ pub struct Journal {
     path: Arc<PathBuf>,
     /// Told when a guard was kept.
     guards: Arc<Notify>,
+    /// Told when the audit trail may have grown.
+    audits: Arc<watch::Sender<()>>,
 }
 
 impl Journal {
@@ -241,6 +245,7 @@ impl Journal {
             jobs,
             path: Arc::new(path.to_owned()),
             guards: Arc::default(),
+            audits: Arc::new(watch::Sender::new(())),
         })
     }
 
@@ -271,7 +276,9 @@ impl Journal {
     /// # Errors
     /// When it is not on disk.
     pub async fn begin(&self, run: RunRow) -> Result<(), JournalError> {
-        self.call(move |db| store::begin(db, &run)).await
+        self.call(move |db| store::begin(db, &run)).await?;
+        self.audits.send_replace(());
+        Ok(())
     }
 
     /// Appends a record and returns it with its number and time.
@@ -280,7 +287,12 @@ impl Journal {
     /// When it is not on disk.
     pub async fn append(&self, run: &str, record: Record) -> Result<Stamped, JournalError> {
         let run = run.to_owned();
-        self.call(move |db| store::append(db, &run, record)).await
+        let closes = matches!(record, Record::Closed { .. });
+        let stamped = self.call(move |db| store::append(db, &run, record)).await?;
+        if closes {
+            self.audits.send_replace(());
+        }
+        Ok(stamped)
     }
 
     /// Reads one run.
@@ -292,11 +304,11 @@ impl Journal {
         self.call(move |db| store::run(db, &id)).await
     }
 
-    /// The newest run of a request id.
+    /// The runs of a request id, newest first.
     ///
     /// # Errors
     /// When the journal cannot be read.
-    pub async fn by_request_id(&self, id: &str) -> Result<Option<RunRow>, JournalError> {
+    pub async fn by_request_id(&self, id: &str) -> Result<Vec<RunRow>, JournalError> {
         let id = id.to_owned();
         self.call(move |db| store::by_request_id(db, &id)).await
     }
@@ -522,6 +534,39 @@ impl Journal {
     pub async fn forget_learned(&self, id: &str) -> Result<bool, JournalError> {
         let id = id.to_owned();
         self.call(move |db| store::forget_learned(db, &id)).await
+    }
+
+    /// Adds entries to the audit trail.
+    ///
+    /// # Errors
+    /// When they are not on disk.
+    pub async fn audit(&self, rows: Vec<AuditRow>) -> Result<(), JournalError> {
+        self.call(move |db| audit::add(db, &rows)).await?;
+        self.audits.send_replace(());
+        Ok(())
+    }
+
+    /// Reads entries of the audit trail.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn audited(&self, filter: AuditFilter) -> Result<Vec<AuditRow>, JournalError> {
+        self.call(move |db| audit::read(db, &filter)).await
+    }
+
+    /// Tells whenever the audit trail may have grown.
+    #[must_use]
+    pub fn audit_grows(&self) -> watch::Receiver<()> {
+        self.audits.subscribe()
+    }
+
+    /// Removes entries of the audit trail of before a time, and all but the newest
+    /// `keep`.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn prune_audit(&self, before: Timestamp, keep: u32) -> Result<u64, JournalError> {
+        self.call(move |db| audit::prune(db, before, keep)).await
     }
 
     /// Removes runs that ended before a time, newest `keep` excepted. Stuck runs

@@ -17,7 +17,7 @@ use super::JournalError;
 /// How every SQLite database begins.
 const MAGIC: &[u8] = b"SQLite format 3\0";
 
-const MIGRATIONS: &[&str] = &[
+pub(super) const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE runs (
         id TEXT PRIMARY KEY,
@@ -89,6 +89,27 @@ const MIGRATIONS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
     ALTER TABLE files ADD COLUMN vm TEXT NOT NULL DEFAULT '';
     UPDATE files SET vm = coalesce((SELECT vm FROM runs WHERE id = files.run), '');
+",
+    "
+    CREATE TABLE audit (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        time INTEGER NOT NULL,
+        caller TEXT NOT NULL,
+        identity TEXT NOT NULL,
+        method TEXT NOT NULL,
+        action TEXT NOT NULL,
+        vm TEXT NOT NULL,
+        snapshot TEXT NOT NULL,
+        workflow TEXT NOT NULL,
+        plan_hash TEXT NOT NULL,
+        result TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        note TEXT NOT NULL,
+        times INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX audit_by_vm ON audit (vm, sequence);
+    CREATE INDEX audit_by_identity ON audit (identity, sequence);
+    CREATE INDEX audit_by_time ON audit (time);
 ",
 ];
 
