@@ -1,12 +1,14 @@
 //! The daemon's life: open everything, recover, serve, stop in bounded time.
 //!
+//! Callers from the network are served by threads of their own.
+//!
 //! Invariants: nobody is served before interrupted runs are recovered; a stop
 //! ends within `limits.shutdown` seconds and a little more.
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use vmsnap_hypervisor::{Hypervisor, Options};
 
 use crate::{
@@ -20,6 +22,8 @@ use crate::{
 
 /// How long streams may take to end once all runs are over.
 const STREAMS: Duration = Duration::from_secs(5);
+/// How far behind others the network's threads are, in steps of nice(2).
+const BEHIND: i32 = 10;
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
     tokio::runtime::Builder::new_multi_thread()
@@ -34,7 +38,25 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 /// A sentence that says what kept it from serving.
 pub fn serve(config: Config) -> Result<(), String> {
     log_to_stderr(&config)?;
-    runtime()?.block_on(run(config))
+    let network = network()?;
+    let served = runtime()?.block_on(run(config, network.handle().clone()));
+    network.shutdown_timeout(STREAMS);
+    served
+}
+
+/// Threads for callers from the network, a little behind all others: a flood there
+/// takes no processor from runs and their guests.
+fn network() -> Result<tokio::runtime::Runtime, String> {
+    tokio::runtime::Builder::new_multi_thread()
+        .thread_name("network")
+        .on_thread_start(|| {
+            if let Err(error) = rustix::process::nice(BEHIND) {
+                tracing::warn!(%error, "the network's threads run beside all others");
+            }
+        })
+        .enable_all()
+        .build()
+        .map_err(|error| format!("no runtime: {error}"))
 }
 
 /// Checks configuration, journal and libvirt; returns a report.
@@ -91,7 +113,7 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
     })
 }
 
-async fn run(config: Config) -> Result<(), String> {
+async fn run(config: Config, network: Handle) -> Result<(), String> {
     let path = &config.journal.path;
     if let Some(folder) = path
         .parent()
@@ -140,8 +162,13 @@ async fn run(config: Config) -> Result<(), String> {
     tokio::spawn(trust.clone().keep());
     tokio::spawn(auditor.clone().keep());
     let (stop, stopped) = watch::channel(false);
-    let mut serving =
-        tokio::spawn(endpoints.serve(workflows.clone(), trust, auditor.clone(), stopped));
+    let mut serving = tokio::spawn({
+        let (workflows, auditor) = (workflows.clone(), auditor.clone());
+        async move {
+            let serving = endpoints.serve(workflows, trust, auditor, &network, stopped);
+            serving.await
+        }
+    });
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
     tokio::select! {

@@ -15,6 +15,7 @@ use std::{
 
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
+    runtime::Handle,
     sync::watch,
 };
 use tonic::transport::Server;
@@ -27,7 +28,7 @@ use vmsnap_proto::v1::{
 use super::{audit, errors, inventory, known_issues, workflow};
 use crate::{
     config::{Config, Limits},
-    trust::{Auditor, Gate, Listener, Most, Places, Trust, host_groups, incoming},
+    trust::{Auditor, Door, Gate, Listener, Most, Places, Trust, host_groups},
     workflows::Workflows,
 };
 
@@ -105,7 +106,7 @@ impl Endpoints {
     }
 
     /// Serves until `stop` says true (or its sender is gone), then lets open
-    /// streams end.
+    /// streams end. Who comes over the network is served by `network`.
     ///
     /// # Errors
     /// When a listener fails.
@@ -114,6 +115,7 @@ impl Endpoints {
         workflows: Workflows,
         trust: Arc<Trust>,
         auditor: Auditor,
+        network: &Handle,
         stop: watch::Receiver<bool>,
     ) -> Result<(), tonic::transport::Error> {
         let stopped = || {
@@ -168,6 +170,7 @@ impl Endpoints {
                 limits.max_streams,
                 limits.max_streams_per_peer,
             ),
+            workflows.readers().clone(),
             errors::status,
         );
         let router = || {
@@ -204,11 +207,23 @@ impl Endpoints {
             self.tcp.map(Listener::Plain),
             self.tls.map(Listener::Tls),
         ];
-        let listeners = listeners.into_iter().flatten().collect();
-        let most = self.limits.max_connections as usize;
+        let door = Door::new(trust, auditor, self.limits.max_connections as usize);
         let mut serving = tokio::task::JoinSet::new();
-        for connections in incoming(listeners, &trust, &auditor, most) {
-            serving.spawn(router().serve_with_incoming_shutdown(connections, stopped()));
+        for listener in listeners.into_iter().flatten() {
+            let (door, router, stopped) = (door.clone(), router(), stopped());
+            // The network has threads of its own: what comes from there neither delays
+            // runs nor who is on the host.
+            let of = match listener {
+                Listener::Tls(_) => network.clone(),
+                Listener::Unix(_) | Listener::Plain(_) => Handle::current(),
+            };
+            let serve = async move {
+                let connections = door.open(listener);
+                router
+                    .serve_with_incoming_shutdown(connections, stopped)
+                    .await
+            };
+            serving.spawn_on(serve, &of);
         }
         let mut result = Ok(());
         while let Some(ended) = serving.join_next().await {

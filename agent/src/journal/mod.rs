@@ -44,6 +44,15 @@ pub struct Caller {
     pub address: String,
 }
 
+impl Caller {
+    /// What tells callers apart for limits: the same name by another door is another
+    /// caller.
+    #[must_use]
+    pub fn key(&self) -> String {
+        format!("{} {}", self.transport, self.identity)
+    }
+}
+
 /// Status of a run, as listed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -97,15 +97,6 @@ impl Auditor {
 
     /// Notes a denial; it is on disk within a moment.
     pub fn denied(&self, caller: &Caller, denied: Denied<'_>) {
-        tracing::warn!(
-            caller = %caller.identity.escape_debug(),
-            transport = %caller.transport,
-            address = %caller.address,
-            method = denied.method,
-            vm = %denied.vm.escape_debug(),
-            reason = denied.reason,
-            "denied"
-        );
         let Some(shared) = &self.0 else {
             return;
         };
@@ -147,6 +138,19 @@ impl Auditor {
             times: 0,
             ..AuditRow::now(AuditResult::Denied)
         });
+        // Once for each moment: a flood of them would flood the log.
+        if row.times == 0 {
+            tracing::warn!(
+                caller = %caller.identity.escape_debug(),
+                transport = %caller.transport,
+                address = %caller.address,
+                method = denied.method,
+                vm = %denied.vm.escape_debug(),
+                reason = denied.reason,
+                note = denied.note,
+                "denied"
+            );
+        }
         row.times += 1;
         row.caller.address.clone_from(&caller.address);
         drop(gathered);

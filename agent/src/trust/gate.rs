@@ -21,10 +21,10 @@ use tower::{Layer, Service};
 use super::{
     access::Access,
     audit::Auditor,
-    limits::{Place, Places},
+    limits::{Place, Places, Turns},
     peer::Peer,
     reload::Trust,
-    rights,
+    rights::{self, Right},
 };
 use crate::planning::{Fault, Reason};
 
@@ -37,7 +37,16 @@ struct Inner {
     auditor: Auditor,
     calls: Places,
     streams: Places,
+    turns: Turns,
     told: Told,
+}
+
+/// What a call has that came in.
+struct Entered {
+    access: Access,
+    place: Place,
+    /// The peer, when the call has to take its turn.
+    turn: Option<String>,
 }
 
 /// Decides who comes in; cheap to clone.
@@ -52,6 +61,7 @@ impl Gate {
         auditor: Auditor,
         calls: Places,
         streams: Places,
+        turns: Turns,
         told: Told,
     ) -> Self {
         Self(Arc::new(Inner {
@@ -59,6 +69,7 @@ impl Gate {
             auditor,
             calls,
             streams,
+            turns,
             told,
         }))
     }
@@ -69,7 +80,7 @@ impl Gate {
         GateLayer(self.clone())
     }
 
-    fn enter(&self, peer: Option<&Peer>, path: &str) -> Result<(Access, Place), Fault> {
+    fn enter(&self, peer: Option<&Peer>, path: &str) -> Result<Entered, Fault> {
         let Some(peer) = peer else {
             return Err(Fault::new(
                 Reason::Internal,
@@ -91,7 +102,8 @@ impl Gate {
         } else {
             calls
         };
-        let place = places.take(&format!("{} {}", caller.transport, caller.identity))?;
+        let peer_key = caller.key();
+        let place = places.take(&peer_key)?;
         if peer.has_expired(Timestamp::now()) {
             return Err(Fault::new(
                 Reason::NotAllowed,
@@ -110,7 +122,11 @@ impl Gate {
             None if access.highest().is_none() => return Err(access.without_role()),
             None => {}
         }
-        Ok((access, place))
+        Ok(Entered {
+            access,
+            place,
+            turn: right.is_some_and(Right::reads).then_some(peer_key),
+        })
     }
 }
 
@@ -160,10 +176,20 @@ where
                 let status = (self.gate.0.told)(&fault);
                 Box::pin(std::future::ready(Ok(status.into_http())))
             }
-            Ok((access, place)) => {
+            Ok(Entered {
+                access,
+                place,
+                turn,
+            }) => {
                 request.extensions_mut().insert(access);
+                let turns = self.gate.0.turns.clone();
+                // What is called is made now, and does nothing before its turn.
                 let answer = self.inner.call(request);
                 Box::pin(async move {
+                    let _turn = match &turn {
+                        Some(peer) => Some(turns.take(peer).await),
+                        None => None,
+                    };
                     let answer = answer.await?;
                     Ok(answer.map(|body| {
                         Body::new(Held {

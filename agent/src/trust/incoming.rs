@@ -3,7 +3,7 @@
 //!
 //! Invariants: a handshake that is slow, or never ends, holds up no other; its
 //! time, and how many there are, of one address and in all, are bounded; one that
-//! fails is logged with the address and the reason, and the other side gets to read
+//! fails is denied with the address and the reason, and the other side gets to read
 //! the reason; a listener never ends because of one connection.
 
 use std::{
@@ -136,9 +136,9 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// What the connections of all listeners share.
+/// What the connections of all listeners share; cheap to clone.
 #[derive(Debug, Clone)]
-struct Door {
+pub struct Door {
     trust: Arc<Trust>,
     auditor: Auditor,
     places: Arc<Semaphore>,
@@ -147,29 +147,28 @@ struct Door {
     turned_away: Arc<Mutex<(u64, Option<Instant>)>>,
 }
 
-/// The connections of some listeners, at most `most` of them at once; for each
-/// listener one stream.
-#[must_use]
-pub fn incoming(
-    listeners: Vec<Listener>,
-    trust: &Arc<Trust>,
-    auditor: &Auditor,
-    most: usize,
-) -> Vec<ReceiverStream<io::Result<Connection>>> {
-    let door = Door {
-        trust: trust.clone(),
-        auditor: auditor.clone(),
-        places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
-        handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
-        addresses: Addresses::default(),
-        turned_away: Arc::default(),
-    };
-    let serve = |listener| {
+impl Door {
+    /// For at most so many connections at once.
+    #[must_use]
+    pub fn new(trust: Arc<Trust>, auditor: Auditor, most: usize) -> Self {
+        Self {
+            trust,
+            auditor,
+            places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
+            addresses: Addresses::default(),
+            turned_away: Arc::default(),
+        }
+    }
+
+    /// The connections of a listener. Has to be called inside the runtime that
+    /// they shall be served by.
+    #[must_use]
+    pub fn open(&self, listener: Listener) -> ReceiverStream<io::Result<Connection>> {
         let (give, taken) = mpsc::channel(16);
-        tokio::spawn(accept(listener, door.clone(), give));
+        tokio::spawn(accept(listener, self.clone(), give));
         ReceiverStream::new(taken)
-    };
-    listeners.into_iter().map(serve).collect()
+    }
 }
 
 type Give = mpsc::Sender<io::Result<Connection>>;
@@ -326,7 +325,6 @@ impl Door {
                 note: &problem,
             },
         );
-        tracing::warn!(peer = %address, %problem, "a TLS handshake failed");
         None
     }
 

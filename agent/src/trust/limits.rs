@@ -1,14 +1,24 @@
 //! How much one peer, and all of them together, may have going on.
 //!
 //! Invariants: what is over a limit is refused at once and costs nothing more; a
-//! place is given back when what holds it is dropped.
+//! place is given back when what holds it is dropped. What only reads takes turns,
+//! few at once and fewer of one peer: libvirt and the journal answer one after the
+//! other, and a run that holds a guest still must not wait behind readers, nor one
+//! reader behind the flood of another.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
 use crate::planning::{Fault, Reason};
+
+/// Reading calls and runs that go on at once.
+const READING: usize = 4;
+/// Those of one peer among them.
+const READING_OF_ONE: usize = 2;
 
 /// A limit for all, and one for each peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +119,75 @@ impl Drop for Place {
     }
 }
 
+/// Whose turn it is to read.
+#[derive(Debug, Clone)]
+pub struct Turns {
+    all: Arc<Semaphore>,
+    /// By peer, with how many of his wait or read.
+    peers: Arc<Mutex<HashMap<String, (usize, Arc<Semaphore>)>>>,
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(READING)),
+            peers: Arc::default(),
+        }
+    }
+}
+
+/// A turn, given back when dropped.
+#[derive(Debug)]
+pub struct Turn {
+    _held: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+    _waiting: Waiting,
+}
+
+/// Somebody who waits for his turn, or has it.
+#[derive(Debug)]
+struct Waiting {
+    turns: Turns,
+    peer: String,
+}
+
+impl Turns {
+    /// Waits for a turn of a peer.
+    pub async fn take(&self, peer: &str) -> Turn {
+        let own = {
+            let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+            let (count, own) = peers
+                .entry(peer.to_owned())
+                .or_insert_with(|| (0, Arc::new(Semaphore::new(READING_OF_ONE))));
+            *count += 1;
+            own.clone()
+        };
+        let waiting = Waiting {
+            turns: self.clone(),
+            peer: peer.to_owned(),
+        };
+        // Neither is ever closed; if one were, reading would go on without turns.
+        let own = own.acquire_owned().await.ok();
+        let all = self.all.clone().acquire_owned().await.ok();
+        Turn {
+            _held: own.zip(all),
+            _waiting: waiting,
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let peers = &self.turns.peers;
+        let mut peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((count, _)) = peers.get_mut(&self.peer) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                peers.remove(&self.peer);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,5 +208,25 @@ mod tests {
         let _fourth = places.take("a").unwrap();
         drop(second);
         assert_eq!(places.0.taken.lock().unwrap().by_peer.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_peer_who_takes_all_his_turns_leaves_some_to_others() {
+        let turns = Turns::default();
+        let mut held = Vec::new();
+        for _ in 0..READING_OF_ONE {
+            held.push(turns.take("a").await);
+        }
+        let moment = std::time::Duration::from_millis(20);
+        let third = tokio::time::timeout(moment, turns.take("a")).await;
+        assert!(third.is_err());
+        let other = tokio::time::timeout(moment, turns.take("b")).await;
+        assert!(other.is_ok());
+        held.pop();
+        let third = tokio::time::timeout(moment, turns.take("a")).await;
+        assert!(third.is_ok());
+        drop((held, other, third));
+        assert!(turns.peers.lock().unwrap().is_empty());
+        assert_eq!(turns.all.available_permits(), READING);
     }
 }

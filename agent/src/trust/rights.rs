@@ -99,6 +99,21 @@ pub struct Right {
     pub streams: bool,
 }
 
+impl Right {
+    /// Whether it only reads, at once, so that it takes its turn among readers.
+    #[must_use]
+    pub fn reads(&self) -> bool {
+        let changes = [
+            "CancelWorkflow",
+            "ConfirmWorkflow",
+            "ResolveWorkflow",
+            "RecordFix",
+            "ForgetFix",
+        ];
+        !self.streams && !changes.contains(&self.method)
+    }
+}
+
 const fn call(service: &'static str, method: &'static str, needs: Needs) -> Right {
     Right {
         service,

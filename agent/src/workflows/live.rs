@@ -12,7 +12,7 @@ use vmsnap_hypervisor::failpoint;
 
 use crate::{
     flow::{Record, Snapshots},
-    journal::{Journal, Stamped},
+    journal::{Caller, Journal, Stamped},
     planning::{Fault, Reason, Request, issues},
 };
 
@@ -39,7 +39,7 @@ pub struct Live {
     /// What was asked.
     pub request: Request,
     /// Who asked, for those who are told who is in the way.
-    pub caller: String,
+    pub caller: Caller,
     /// Hash of the plan that its first caller demanded; empty for any.
     pub demanded: OnceLock<String>,
     /// Stops it.
@@ -58,7 +58,7 @@ impl Live {
         id: String,
         request_id: String,
         request: Request,
-        caller: String,
+        caller: Caller,
         records: Vec<Stamped>,
     ) -> Arc<Self> {
         let last = records.last().map_or(0, |record| record.sequence);

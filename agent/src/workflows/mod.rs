@@ -23,7 +23,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tokio::sync::{OwnedMutexGuard, Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedMutexGuard, Semaphore},
+};
 use vmsnap_engine::{Closing, Log as _, Run};
 use vmsnap_hypervisor::Hypervisor;
 
@@ -34,7 +37,7 @@ use crate::{
     observe::Observer,
     perform::Performer,
     planning::{self, Fault, Plan, Reason, Request},
-    trust::Sight,
+    trust::{Sight, Turns},
 };
 
 pub use live::{Live, LiveLog, Progress};
@@ -73,6 +76,9 @@ struct Inner {
     turns: Mutex<HashMap<String, Arc<Turn>>>,
     stopping: AtomicBool,
     places: Arc<Semaphore>,
+    readers: Turns,
+    /// Runs its runs, whoever asked for them.
+    runtime: Handle,
 }
 
 /// A cheap handle to all runs.
@@ -90,7 +96,7 @@ impl From<JournalError> for Fault {
 }
 
 impl Workflows {
-    /// Nothing goes on yet.
+    /// Nothing goes on yet. Has to be called inside the runtime that runs belong to.
     #[must_use]
     pub fn new(hypervisor: Hypervisor, journal: Journal, config: Config) -> Self {
         let observer = Observer::new(hypervisor.clone(), journal.clone(), &config);
@@ -104,6 +110,8 @@ impl Workflows {
             turns: Mutex::default(),
             stopping: AtomicBool::new(false),
             places,
+            readers: Turns::default(),
+            runtime: Handle::current(),
         }))
     }
 
@@ -111,6 +119,12 @@ impl Workflows {
     #[must_use]
     pub fn observer(&self) -> &Observer {
         &self.0.observer
+    }
+
+    /// Whose turn it is to read.
+    #[must_use]
+    pub fn readers(&self) -> &Turns {
+        &self.0.readers
     }
 
     /// The journal.
@@ -206,7 +220,7 @@ impl Workflows {
             id.clone(),
             request_id.clone(),
             request.clone(),
-            caller.identity.clone(),
+            caller.clone(),
             Vec::new(),
         );
         let _ = live.demanded.set(how.plan_hash.clone());
@@ -240,7 +254,7 @@ impl Workflows {
             return Err(error.into());
         }
         let workflows = self.clone();
-        tokio::spawn(async move {
+        self.0.runtime.spawn(async move {
             let _place = place;
             workflows.drive(live, how).await;
         });
@@ -255,7 +269,7 @@ impl Workflows {
         }
         let most = self.0.config.limits.max_runs_per_peer as usize;
         let live = lock(&self.0.live);
-        let own = live.values().filter(|run| run.caller == caller.identity);
+        let own = live.values().filter(|run| run.caller.key() == caller.key());
         if own.count() < most {
             return Ok(());
         }
@@ -307,7 +321,7 @@ impl Workflows {
             run = %span_id,
             vm = %live.request.vm,
             action = live.request.action.name(),
-            caller = %live.caller,
+            caller = %live.caller.identity.escape_debug(),
             "run begins"
         );
         let timer = how.timeout.map(|timeout| {
@@ -349,7 +363,12 @@ impl Workflows {
         how: &Submission,
     ) -> Result<Closing, vmsnap_engine::LogError> {
         let request = &live.request;
-        let _turn = if request.action.reads_only() && !request.start_if_stopped {
+        let reads = request.action.reads_only() && !request.start_if_stopped;
+        let _reading = match reads {
+            true => Some(self.0.readers.take(&live.caller.key()).await),
+            false => None,
+        };
+        let _turn = if reads {
             None
         } else {
             match self.turn(live, log).await? {
@@ -570,7 +589,7 @@ impl Workflows {
             run.id.clone(),
             run.request_id,
             run.request,
-            run.caller.identity,
+            run.caller,
             records,
         );
         let log = LiveLog {
