@@ -77,8 +77,7 @@ fn filter(asked: Option<v1::AuditFilter>) -> Result<AuditFilter, Status> {
     let since = asked
         .since
         .map(|since| {
-            let nanos = i32::try_from(since.nanos).unwrap_or_default();
-            jiff::Timestamp::new(since.seconds, nanos).map_err(|error| {
+            jiff::Timestamp::new(since.seconds, since.nanos).map_err(|error| {
                 failed(Fault::bad_field(
                     "filter.since",
                     format!("is no time: {error}"),

@@ -65,6 +65,7 @@ struct Kind {
     action: String,
     vm: String,
     reason: String,
+    note: String,
 }
 
 #[derive(Debug)]
@@ -108,20 +109,20 @@ impl Auditor {
             action: denied.action.to_owned(),
             vm: short(denied.vm),
             reason: denied.reason.to_owned(),
+            note: short(denied.note),
         };
         let mut gathered = shared
             .gathered
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut note = short(denied.note);
         if gathered.len() >= KINDS && !gathered.contains_key(&kind) {
             kind.vm.clear();
             kind.action.clear();
-            note = "several VMs".into();
+            kind.note = "several VMs".into();
             if gathered.len() >= CALLERS && !gathered.contains_key(&kind) {
                 kind.identity = "several".into();
                 kind.method.clear();
-                note = "several callers and calls".into();
+                kind.note = "several callers and calls".into();
             }
         }
         let row = gathered.entry(kind).or_insert_with_key(|kind| AuditRow {
@@ -134,7 +135,7 @@ impl Auditor {
             action: kind.action.clone(),
             vm: kind.vm.clone(),
             reason: kind.reason.clone(),
-            note,
+            note: kind.note.clone(),
             times: 0,
             ..AuditRow::now(AuditResult::Denied)
         });

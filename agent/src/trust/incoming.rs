@@ -387,7 +387,10 @@ async fn linger(mut stream: TcpStream) {
 
 /// Who waits for a handshake, by address.
 #[derive(Debug, Clone, Default)]
-struct Addresses(Arc<Mutex<HashMap<IpAddr, (usize, Arc<Semaphore>)>>>);
+struct Addresses(Arc<Mutex<HashMap<IpAddr, OfOne>>>);
+
+/// How many connections of an address wait, and whose turn it is among them.
+type OfOne = (usize, Arc<Semaphore>);
 
 /// A connection that waits for its handshake, or is in it.
 struct Waiting {

@@ -123,9 +123,11 @@ impl Drop for Place {
 #[derive(Debug, Clone)]
 pub struct Turns {
     all: Arc<Semaphore>,
-    /// By peer, with how many of his wait or read.
-    peers: Arc<Mutex<HashMap<String, (usize, Arc<Semaphore>)>>>,
+    peers: Arc<Mutex<HashMap<String, OfOne>>>,
 }
+
+/// How many of a peer's calls wait or read, and whose turn it is among them.
+type OfOne = (usize, Arc<Semaphore>);
 
 impl Default for Turns {
     fn default() -> Self {

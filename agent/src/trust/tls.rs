@@ -4,7 +4,11 @@
 //! roots signed; every connection proves itself anew, so that nothing outlives its
 //! certificate by resumption; certificate and key belong together.
 
-use std::{fmt, path::PathBuf, sync::Arc};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 use tokio_rustls::rustls::{
@@ -63,7 +67,7 @@ impl Paths {
     /// # Errors
     /// Which one cannot be read, and why.
     pub fn read(&self) -> Result<Contents, String> {
-        let read = |key: &str, path: &PathBuf| {
+        let read = |key: &str, path: &Path| {
             std::fs::read(path)
                 .map_err(|error| format!("{key} '{}' cannot be read: {error}", path.display()))
         };
@@ -90,7 +94,7 @@ impl Paths {
                 self.certificate.display()
             )
         })?;
-        let unusable = |key: &str, path: &PathBuf, error: String| {
+        let unusable = |key: &str, path: &Path, error: String| {
             format!("{key} '{}' cannot be used: {error}", path.display())
         };
         let mut roots = RootCertStore::empty();
@@ -131,7 +135,7 @@ impl Paths {
 
 fn certificates(
     key: &str,
-    path: &PathBuf,
+    path: &Path,
     text: &[u8],
 ) -> Result<Vec<CertificateDer<'static>>, String> {
     let found: Vec<_> = CertificateDer::pem_slice_iter(text)
@@ -143,7 +147,7 @@ fn certificates(
     Ok(found)
 }
 
-fn wrong(key: &str, path: &PathBuf, error: &pem::Error, wanted: &str) -> String {
+fn wrong(key: &str, path: &Path, error: &pem::Error, wanted: &str) -> String {
     let path = path.display();
     match error {
         pem::Error::NoItemsFound => format!("{key} '{path}' holds no {wanted} in PEM"),
