@@ -17,7 +17,7 @@ use vmsnap_proto::v1;
 use vmsnap_tests::{
     BlankSpec, Lab, Network, Pki,
     ansible::{Played, keep},
-    command::User,
+    command::{self, User},
     paths,
     python::{Stubs, python},
 };
@@ -361,6 +361,74 @@ fn names_and_paths_that_are_meant_to_do_harm_reach_neither_shell_nor_xml_nor_oth
     assert_eq!(domain.virsh("dumpxml", &["--inactive"])?, before);
     let _ = fs::remove_file(link);
     fs::remove_file(victim)?;
+    Ok(())
+}
+
+#[test]
+fn a_caller_who_sees_one_vm_learns_of_no_other_from_refusals_plans_runs_issues_and_volumes()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let pki = lab.pki()?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    let base = domain.disk("vda")?;
+    let roles = format!(
+        "{}[[roles]]\nrole = 'admin'\nvms = ['{name}']\ncertificates = ['narrow']\n",
+        roles()
+    );
+    let agent = lab.agent(&pki.agent("127.0.0.1:0", &["127.0.0.1"], &roles)?)?;
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    let clone = lab.blank(&BlankSpec {
+        backing: Some(base),
+        ..BlankSpec::default()
+    })?;
+    let narrow = pki.person("narrow")?;
+    let address = agent.tls()?;
+    let by_narrow = |arguments: &[&str]| -> Result<String> {
+        let mut command =
+            command::command(paths::binary("vmsnap")?, ["--json", "--agent", &address]);
+        for (option, path) in [
+            ("--ca-path", &narrow.ca_path),
+            ("--client-cert", &narrow.client_cert),
+            ("--client-key", &narrow.client_key),
+        ] {
+            command.arg(option).args(path);
+        }
+        let output = command::run(command.args(arguments), None, Duration::from_secs(60))?;
+        Ok(format!("{}{}", output.text(), output.complaint()))
+    };
+    // Whoever sees all is told whose chain it is.
+    let told = agent.vmsnap(&["cleanup", name, "e1"])?;
+    assert!(told.said.contains(&clone.name), "{}", told.said);
+    let run = told.run_id()?.to_owned();
+    let refused = by_narrow(&["cleanup", name, "e1"])?;
+    assert!(
+        refused.contains("FILE_SHARED") && refused.contains("another VM"),
+        "{refused}"
+    );
+    for arguments in [
+        &["cleanup", name, "e1"][..],
+        &["cleanup", name, "e1", "--check"],
+        &["commit", name, "--all", "--check"],
+        &["watch", &run],
+        &["show", &run],
+        &["log"],
+        &["log", &run],
+        &["issues", "list", "--vm", name],
+        &["issues", "list"],
+        &["volumes"],
+        &["ls"],
+        &["ls", name],
+        &["show", &clone.name[..clone.name.len() - 1]],
+    ] {
+        let said = by_narrow(arguments)?;
+        assert!(!said.contains(&clone.name), "{arguments:?}: {said}");
+        assert!(!said.contains("INTERNAL"), "{arguments:?}: {said}");
+    }
+    assert!(by_narrow(&["ls"])?.contains(name));
+    assert!(by_narrow(&["volumes"])?.contains(name));
+    drop(clone);
+    agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
     Ok(())
 }
 

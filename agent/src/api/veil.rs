@@ -28,6 +28,9 @@ use crate::{
 /// What stands for a name that is hidden.
 const ANOTHER: &str = "another VM";
 
+/// What users of files are told with, when it is one of their snapshots that uses it.
+const SNAPSHOT: &str = " (snapshot ";
+
 /// Names of the VMs of the host that a caller may see.
 ///
 /// # Errors
@@ -254,7 +257,12 @@ impl Names {
                     c.is_none_or(|c| c.is_whitespace() || "'\"`,;:()?!".contains(c))
                 };
                 if ends(before) && (ends(after) || (after == Some('.') && text[end..].len() == 1)) {
-                    text.replace_range(start..end, ANOTHER);
+                    // The name of its snapshot is hidden with it.
+                    let snapshot = text[end..]
+                        .strip_prefix(SNAPSHOT)
+                        .and_then(|rest| rest.find(')'))
+                        .map_or(0, |at| SNAPSHOT.len() + at + 1);
+                    text.replace_range(start..end + snapshot, ANOTHER);
                     from = start + ANOTHER.len();
                 } else {
                     from = start + name.chars().next().map_or(1, char::len_utf8);
@@ -283,8 +291,8 @@ mod tests {
         let names = veil(&["web1"], &["db1 old", "db1", "b"]);
         for (text, wanted) in [
             (
-                "'/a.qcow2' is in the chain of db1, web1 (snapshot b), db1 old; stop",
-                "'/a.qcow2' is in the chain of another VM, web1 (snapshot another VM), another VM; stop",
+                "'/a.qcow2' is in the chain of db1 (snapshot was), web1 (snapshot s), db1 old; stop",
+                "'/a.qcow2' is in the chain of another VM, web1 (snapshot s), another VM; stop",
             ),
             ("/images/db1/a-b.qcow2", "/images/db1/a-b.qcow2"),
             ("db1,web1", "another VM,web1"),

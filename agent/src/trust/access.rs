@@ -212,9 +212,26 @@ impl Access {
         );
     }
 
-    /// Nobody knows this caller.
+    /// His certificate has run out since he connected; written down.
     #[must_use]
-    pub fn without_role(&self) -> Fault {
+    pub fn expired(&self, method: &str) -> Fault {
+        let fault = self.not_allowed(format!(
+            "{} has expired since this connection was made; connect anew with a new one",
+            self.shown()
+        ));
+        self.denied(method, "", "", &fault);
+        fault
+    }
+
+    /// Nobody knows this caller, who asks for what is not there; written down.
+    #[must_use]
+    pub fn stranger(&self, method: &str) -> Fault {
+        let fault = self.without_role();
+        self.denied(method, "", "", &fault);
+        fault
+    }
+
+    fn without_role(&self) -> Fault {
         self.not_allowed(format!(
             "{} has no role on this agent; who keeps it can give one in its file of roles",
             self.shown()
@@ -225,7 +242,7 @@ impl Access {
         Fault::new(Reason::NotAllowed, message).with("caller", &self.caller.identity)
     }
 
-    fn denied(&self, method: &'static str, action: &str, vm: &str, fault: &Fault) {
+    fn denied(&self, method: &str, action: &str, vm: &str, fault: &Fault) {
         self.auditor.denied(
             &self.caller,
             Denied {

@@ -105,7 +105,7 @@ impl Auditor {
         let mut kind = Kind {
             identity: short(&caller.identity),
             transport: caller.transport.clone(),
-            method: denied.method.to_owned(),
+            method: short(denied.method),
             action: denied.action.to_owned(),
             vm: short(denied.vm),
             reason: denied.reason.to_owned(),

@@ -105,21 +105,13 @@ impl Gate {
         let peer_key = caller.key();
         let place = places.take(&peer_key)?;
         if peer.has_expired(Timestamp::now()) {
-            return Err(Fault::new(
-                Reason::NotAllowed,
-                format!(
-                    "certificate '{}' has expired since this connection was made; connect anew \
-                     with a new one",
-                    caller.identity
-                ),
-            )
-            .with("caller", &caller.identity));
+            return Err(access.expired(right.map_or(path, |right| right.method)));
         }
         match right {
             Some(right) => access.may_try(right)?,
             None if rights::is_open(path) => {}
             // What is not there is told to those who may ask for something.
-            None if access.highest().is_none() => return Err(access.without_role()),
+            None if access.highest().is_none() => return Err(access.stranger(path)),
             None => {}
         }
         Ok(Entered {

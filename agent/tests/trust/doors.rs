@@ -207,3 +207,52 @@ async fn callers_who_never_end_their_handshake_hold_up_nobody() {
     );
     agent.says("it took longer than 10 s");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_runs_out_on_an_open_connection_ends_what_it_may_do() {
+    let agent = Agent::start(ROLES, "");
+    let files = agent.ca.caller(&agent.folder, "deploy", &[], (-60, 3));
+    let client = connect(&agent.tls(), files).await.unwrap();
+    assert_eq!(client.vms().await.unwrap().len(), 2);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let error = client.vms().await.unwrap_err();
+    assert_eq!(error.hindrance(), Hindrance::NotAllowed);
+    assert!(
+        error.chain().contains("has expired since"),
+        "{}",
+        error.chain()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_older_than_tls_1_2_is_refused_with_its_alert() {
+    let agent = Agent::start(ROLES, "");
+    // The first word of a client that knows this version of TLS at most, and what is
+    // answered first: kind of record, and the last byte that was sent with it.
+    let answer = async |minor: u8| {
+        let mut hello = vec![3, minor];
+        hello.extend([7; 32]);
+        // No session; ECDHE_ECDSA_WITH_AES_128_GCM_SHA256; no compression.
+        hello.extend([0, 0, 2, 0xc0, 0x2b, 1, 0]);
+        // Signatures by ecdsa_secp256r1_sha256, the group x25519, points as they are.
+        let extensions = [
+            0, 13, 0, 4, 0, 2, 4, 3, 0, 10, 0, 4, 0, 2, 0, 29, 0, 11, 0, 2, 1, 0,
+        ];
+        hello.extend([0, u8::try_from(extensions.len()).unwrap()]);
+        hello.extend(extensions);
+        let length = u8::try_from(hello.len()).unwrap();
+        let mut record = vec![22, 3, 1, 0, length + 4, 1, 0, 0, length];
+        record.extend(hello);
+        let mut stream = tokio::net::TcpStream::connect(agent.tls()).await.unwrap();
+        stream.write_all(&record).await.unwrap();
+        let mut answer = [0; 7];
+        let read = stream.read_exact(&mut answer);
+        let read = tokio::time::timeout(Duration::from_secs(5), read).await;
+        read.expect("it is answered at once").unwrap();
+        answer
+    };
+    // TLS 1.2 goes on with the agent's hello, TLS 1.1 ends with protocol_version (70).
+    assert_eq!(answer(3).await[0], 22);
+    let refused = answer(2).await;
+    assert_eq!((refused[0], &refused[5..]), (21, &[2, 70][..]));
+}
