@@ -29,6 +29,14 @@ role = 'admin'
 vms = ['in*']
 certificates = ['admin']
 [[roles]]
+role = 'viewer'
+vms = ['in*']
+certificates = ['mixed']
+[[roles]]
+role = 'admin'
+vms = ['else*']
+certificates = ['mixed']
+[[roles]]
 role = 'admin'
 vms = ['*']
 certificates = ['root']
@@ -61,26 +69,30 @@ async fn listed(channel: &Channel, vm: &str, request_id: &str) -> String {
         .to_owned()
 }
 
-/// A caller with his role inside the pattern; none for one without any.
+/// A caller with his role inside the pattern, and the highest that he has anywhere,
+/// with which the gate lets him try; none for one without any.
 struct Caller {
     name: &'static str,
     role: Option<Role>,
+    highest: Option<Role>,
     channel: Channel,
     _client: Client,
 }
 
 async fn callers(agent: &Agent) -> Vec<Caller> {
     let mut all = Vec::new();
-    for (name, role) in [
-        ("nobody", None),
-        ("viewer", Some(Role::Viewer)),
-        ("operator", Some(Role::Operator)),
-        ("admin", Some(Role::Admin)),
+    for (name, role, highest) in [
+        ("nobody", None, None),
+        ("viewer", Some(Role::Viewer), Some(Role::Viewer)),
+        ("operator", Some(Role::Operator), Some(Role::Operator)),
+        ("admin", Some(Role::Admin), Some(Role::Admin)),
+        ("mixed", Some(Role::Viewer), Some(Role::Admin)),
     ] {
         let client = agent.client(name).await;
         all.push(Caller {
             name,
             role,
+            highest,
             channel: client.channel(),
             _client: client,
         });
@@ -114,11 +126,9 @@ async fn every_call_and_action_with_every_role_inside_and_outside_its_pattern_is
                 let is_inside = vm == "in1";
                 let over = |role: Role| match caller.role {
                     None => Verdict::Denied,
-                    Some(has) if has < role && !is_inside => {
-                        // Turned away at the gate already, or as what is not there: neither
-                        // tells whether the VM is there.
-                        Verdict::Denied
-                    }
+                    // Turned away at the gate already, or as what is not there: neither
+                    // tells whether the VM is there.
+                    Some(_) if !is_inside && caller.highest < Some(role) => Verdict::Denied,
                     Some(_) if !is_inside => Verdict::Hidden,
                     Some(has) if has < role => Verdict::Denied,
                     Some(_) => Verdict::Allowed,
@@ -130,7 +140,7 @@ async fn every_call_and_action_with_every_role_inside_and_outside_its_pattern_is
                     Needs::Run(mine, others) => {
                         // The gate knows only the lower one.
                         match over(if is_own { mine } else { others }) {
-                            Verdict::Denied if !is_inside && caller.role >= Some(mine) => {
+                            Verdict::Denied if !is_inside && caller.highest >= Some(mine) => {
                                 Verdict::Hidden
                             }
                             verdict => verdict,
