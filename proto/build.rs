@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "vmsnap/v1/workflow.proto",
         "vmsnap/v1/inventory.proto",
         "vmsnap/v1/known_issue.proto",
+        "vmsnap/v1/audit.proto",
     ];
     println!("cargo:rerun-if-changed=vmsnap");
     let descriptors = protox::compile(files, ["."])?;

@@ -20,6 +20,9 @@ use tracing_subscriber::EnvFilter;
 /// Where the configuration is looked for unless another file is named.
 pub const DEFAULT_PATH: &str = "/etc/vmsnap/agent.toml";
 
+/// Where the roles are looked for unless another file is named; it may be absent.
+pub const DEFAULT_ROLES: &str = "/etc/vmsnap/roles.toml";
+
 /// Longest time that is configured in seconds: longer ones are slips, and the
 /// longest that TOML can write lie beyond every clock.
 const YEAR: u64 = 366 * 86_400;
@@ -34,6 +37,10 @@ pub struct Config {
     pub libvirt: Libvirt,
     /// Where callers reach the agent.
     pub listen: Listen,
+    /// The agent's own proof, and whose word it takes for that of callers.
+    pub tls: Tls,
+    /// Who may do what.
+    pub trust: Trust,
     /// The journal.
     pub journal: Journal,
     /// Storage.
@@ -76,6 +83,47 @@ pub struct Listen {
     /// Loopback address for plaintext TCP, such as `127.0.0.1:7443`; empty for
     /// none. Anything but loopback is refused.
     pub tcp: String,
+    /// Address for mutual TLS, such as `0.0.0.0:7443` or `[::]:7443`; empty for
+    /// none.
+    pub tls: String,
+}
+
+/// `[tls]`: PEM files, read anew when they change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// The agent's certificate, followed by its intermediates.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The CAs that sign the certificates of callers.
+    pub client_ca: PathBuf,
+}
+
+/// `[trust]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Trust {
+    /// The file of roles, read anew when it changes.
+    pub roles: PathBuf,
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self {
+            certificate: "/etc/vmsnap/agent.pem".into(),
+            key: "/etc/vmsnap/agent.key".into(),
+            client_ca: "/etc/vmsnap/ca.pem".into(),
+        }
+    }
+}
+
+impl Default for Trust {
+    fn default() -> Self {
+        Self {
+            roles: DEFAULT_ROLES.into(),
+        }
+    }
 }
 
 /// `[journal]`
@@ -90,6 +138,8 @@ pub struct Journal {
     pub keep_runs: u32,
     /// MiB of runs from which on the oldest go, however young they are.
     pub max_mib: u32,
+    /// Entries of the audit trail that stay at most.
+    pub keep_audit: u32,
 }
 
 /// `[storage]`
@@ -108,6 +158,18 @@ pub struct Limits {
     pub max_chain: u32,
     /// Runs that may be open at once.
     pub max_runs: u32,
+    /// Those of one caller among them.
+    pub max_runs_per_peer: u32,
+    /// Connections that may be open at once.
+    pub max_connections: u32,
+    /// Calls that may wait for their answer at once, streams apart.
+    pub max_calls: u32,
+    /// Those of one caller among them.
+    pub max_calls_per_peer: u32,
+    /// Streams that may be open at once.
+    pub max_streams: u32,
+    /// Those of one caller among them.
+    pub max_streams_per_peer: u32,
     /// Seconds between heartbeats of a watched run.
     pub heartbeat: u64,
     /// Seconds that open runs may take to stop when the agent is told to.
@@ -188,6 +250,7 @@ impl Default for Listen {
             socket_group: String::new(),
             socket_mode: "0660".into(),
             tcp: String::new(),
+            tls: String::new(),
         }
     }
 }
@@ -199,6 +262,7 @@ impl Default for Journal {
             keep_days: 90,
             keep_runs: 1_000,
             max_mib: 256,
+            keep_audit: 100_000,
         }
     }
 }
@@ -208,6 +272,12 @@ impl Default for Limits {
         Self {
             max_chain: 32,
             max_runs: 256,
+            max_runs_per_peer: 128,
+            max_connections: 2_048,
+            max_calls: 512,
+            max_calls_per_peer: 256,
+            max_streams: 1_024,
+            max_streams_per_peer: 512,
             heartbeat: 10,
             shutdown: 60,
             stuck_after: 30,
@@ -272,10 +342,22 @@ impl Config {
                 problem,
             })
         };
-        if self.listen.socket.as_os_str().is_empty() && self.listen.tcp.is_empty() {
+        if self.listen.socket.as_os_str().is_empty()
+            && self.listen.tcp.is_empty()
+            && self.listen.tls.is_empty()
+        {
             return wrong(
                 "listen",
-                "neither socket nor tcp is set; nobody could call".into(),
+                "neither socket nor tls nor tcp is set; nobody could call".into(),
+            );
+        }
+        if !self.listen.tls.is_empty() && self.tls().is_none() {
+            return wrong(
+                "listen.tls",
+                format!(
+                    "'{}' is not an address with a port, such as 0.0.0.0:7443 or [::]:7443",
+                    self.listen.tls
+                ),
             );
         }
         if self.listen.socket.as_os_str().len() > 107 {
@@ -305,7 +387,7 @@ impl Config {
                         "listen.tcp",
                         format!(
                             "{address} is not a loopback address; plaintext is served on loopback \
-                             only, across hosts mutual TLS is needed"
+                             only, across hosts mutual TLS is needed (listen.tls)"
                         ),
                     );
                 }
@@ -350,6 +432,43 @@ impl Config {
             ("limits.stuck_after", self.limits.stuck_after, 1, YEAR),
             ("limits.max_chain", u64::from(self.limits.max_chain), 1, any),
             ("limits.max_runs", u64::from(self.limits.max_runs), 1, any),
+            (
+                "limits.max_runs_per_peer",
+                u64::from(self.limits.max_runs_per_peer),
+                1,
+                any,
+            ),
+            (
+                "limits.max_connections",
+                u64::from(self.limits.max_connections),
+                1,
+                any,
+            ),
+            ("limits.max_calls", u64::from(self.limits.max_calls), 1, any),
+            (
+                "limits.max_calls_per_peer",
+                u64::from(self.limits.max_calls_per_peer),
+                1,
+                any,
+            ),
+            (
+                "limits.max_streams",
+                u64::from(self.limits.max_streams),
+                1,
+                any,
+            ),
+            (
+                "limits.max_streams_per_peer",
+                u64::from(self.limits.max_streams_per_peer),
+                1,
+                any,
+            ),
+            (
+                "journal.keep_audit",
+                u64::from(self.journal.keep_audit),
+                1,
+                any,
+            ),
             ("guards.grace", self.guards.grace, 0, YEAR),
             ("journal.max_mib", u64::from(self.journal.max_mib), 1, any),
             (
@@ -372,6 +491,10 @@ impl Config {
             ("listen.socket", path(&self.listen.socket)),
             ("listen.socket_group", self.listen.socket_group.clone()),
             ("journal.path", path(&self.journal.path)),
+            ("tls.certificate", path(&self.tls.certificate)),
+            ("tls.key", path(&self.tls.key)),
+            ("tls.client_ca", path(&self.tls.client_ca)),
+            ("trust.roles", path(&self.trust.roles)),
         ] {
             if let Some(c) = text.chars().find(|c| c.is_control()) {
                 let code = u32::from(c);
@@ -424,6 +547,22 @@ impl Config {
         listen.parse().ok().map(MetricsAddress::Tcp)
     }
 
+    /// The address for mutual TLS.
+    #[must_use]
+    pub fn tls(&self) -> Option<SocketAddr> {
+        self.listen.tls.parse().ok()
+    }
+
+    /// The files of TLS, where it is served.
+    #[must_use]
+    pub fn tls_paths(&self) -> Option<crate::trust::TlsPaths> {
+        self.tls().map(|_| crate::trust::TlsPaths {
+            certificate: self.tls.certificate.clone(),
+            key: self.tls.key.clone(),
+            client_ca: self.tls.client_ca.clone(),
+        })
+    }
+
     /// Time between heartbeats.
     #[must_use]
     pub fn heartbeat(&self) -> Duration {
@@ -468,6 +607,23 @@ mod tests {
         let error = config.check().unwrap_err();
         assert_eq!(error.place, "listen.tcp");
         assert!(error.problem.contains("mutual TLS"), "{error}");
+    }
+
+    #[test]
+    fn an_address_for_tls_needs_a_port() {
+        for (address, right) in [
+            ("0.0.0.0:7443", true),
+            ("[::]:7443", true),
+            ("10.0.0.1", false),
+            ("kvm1:7443", false),
+        ] {
+            let text = format!("[listen]\ntls = '{address}'\n");
+            let checked = Config::parse(&text, "x").unwrap().check();
+            assert_eq!(checked.is_ok(), right, "{address}");
+            if let Err(error) = checked {
+                assert_eq!(error.place, "listen.tls");
+            }
+        }
     }
 
     #[test]

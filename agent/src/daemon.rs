@@ -1,12 +1,14 @@
 //! The daemon's life: open everything, recover, serve, stop in bounded time.
 //!
+//! Callers from the network are served by threads of their own.
+//!
 //! Invariants: nobody is served before interrupted runs are recovered; a stop
 //! ends within `limits.shutdown` seconds and a little more.
 
-use std::{path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use vmsnap_hypervisor::{Hypervisor, Options};
 
 use crate::{
@@ -16,6 +18,7 @@ use crate::{
     logs,
     operate::{activation, metrics, notify::Notifier, scrape},
     planning::actions::kind::version,
+    trust::{Auditor, Trust},
     workflows::Workflows,
 };
 
@@ -23,6 +26,8 @@ use crate::{
 const STREAMS: Duration = Duration::from_secs(5);
 /// How long threads may take to end once everything else is over.
 const THREADS: Duration = Duration::from_secs(1);
+/// How far behind others the network's threads are, in steps of nice(2).
+const BEHIND: i32 = 10;
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
     tokio::runtime::Builder::new_multi_thread()
@@ -37,11 +42,28 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 /// A sentence that says what kept it from serving.
 pub fn serve(config: Config) -> Result<(), String> {
     logs::to_stderr(&config)?;
+    let network = network()?;
     let runtime = runtime()?;
-    let served = runtime.block_on(run(config));
+    let served = runtime.block_on(run(config, network.handle().clone()));
+    network.shutdown_timeout(STREAMS);
     // A thread that reads a large file, or waits for libvirt, does not hold up the end.
     runtime.shutdown_timeout(THREADS);
     served
+}
+
+/// Threads for callers from the network, a little behind all others: a flood there
+/// takes no processor from runs and their guests.
+fn network() -> Result<tokio::runtime::Runtime, String> {
+    tokio::runtime::Builder::new_multi_thread()
+        .thread_name("network")
+        .on_thread_start(|| {
+            if let Err(error) = rustix::process::nice(BEHIND) {
+                tracing::warn!(%error, "the network's threads run beside all others");
+            }
+        })
+        .enable_all()
+        .build()
+        .map_err(|error| format!("no runtime: {error}"))
 }
 
 /// Checks configuration, journal and libvirt; returns a report.
@@ -66,6 +88,7 @@ pub fn check(config: Config) -> Result<String, String> {
         if config.journal.path.exists() {
             Journal::probe(&config.journal.path).map_err(|error| error.to_string())?;
         }
+        Trust::open(&config)?;
         let hypervisor = connect(&config).await?;
         let host = hypervisor.host().await.map_err(|error| {
             format!(
@@ -106,7 +129,7 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
     })
 }
 
-async fn run(config: Config) -> Result<(), String> {
+async fn run(config: Config, network: Handle) -> Result<(), String> {
     let manager = Notifier::from_environment();
     let starting = manager.starting();
     let handed = activation::take()?;
@@ -118,6 +141,7 @@ async fn run(config: Config) -> Result<(), String> {
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("journal.path: '{}': {error}", folder.display()))?;
     }
+    let trust = Trust::open(&config)?;
     // The sockets first: they also tell whether another agent is alive, whose
     // journal must not be recovered under its feet.
     let sockets = Handed {
@@ -145,6 +169,7 @@ async fn run(config: Config) -> Result<(), String> {
         "connected"
     );
     let shutdown = Duration::from_secs(config.limits.shutdown);
+    let auditor = Auditor::new(journal.clone());
     let workflows = Workflows::new(hypervisor, journal, config);
     let recovered = workflows
         .recover()
@@ -156,7 +181,8 @@ async fn run(config: Config) -> Result<(), String> {
     let bound = endpoints.bound();
     tracing::info!(
         socket = bound.socket.as_deref().unwrap_or("none"),
-        tcp = %bound.tcp.map_or_else(|| "none".to_owned(), |tcp| tcp.to_string()),
+        tcp = %shown(bound.tcp),
+        tls = %shown(bound.tls),
         metrics = %metrics
             .as_ref()
             .map_or_else(|| "none".to_owned(), |(endpoint, _)| endpoint.address()),
@@ -169,8 +195,17 @@ async fn run(config: Config) -> Result<(), String> {
     if let Some((endpoint, handle)) = metrics {
         tokio::spawn(endpoint.serve(workflows.clone(), handle));
     }
+    tokio::spawn(workflows.clone().keep_audit_short());
+    tokio::spawn(trust.clone().keep());
+    tokio::spawn(auditor.clone().keep());
     let (stop, stopped) = watch::channel(false);
-    let mut serving = tokio::spawn(endpoints.serve(workflows.clone(), stopped));
+    let mut serving = tokio::spawn({
+        let (workflows, auditor) = (workflows.clone(), auditor.clone());
+        async move {
+            let serving = endpoints.serve(workflows, trust, auditor, &network, stopped);
+            serving.await
+        }
+    });
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
     drop(starting);
@@ -200,7 +235,12 @@ async fn run(config: Config) -> Result<(), String> {
     if tokio::time::timeout(STREAMS, serving).await.is_err() {
         tracing::info!("streams that were still open are cut");
     }
+    auditor.flush().await;
     Ok(())
+}
+
+fn shown(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "none".to_owned(), |address| address.to_string())
 }
 
 /// Takes the lock that says whose journal this is.

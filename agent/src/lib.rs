@@ -15,4 +15,5 @@ pub mod observe;
 pub mod operate;
 pub mod perform;
 pub mod planning;
+pub mod trust;
 pub mod workflows;

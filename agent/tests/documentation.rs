@@ -7,6 +7,7 @@ use vmsnap_agent::{
     config::Config,
     operate::{health, metrics::METRICS},
     planning::{Reason, issues},
+    trust::rights::{Deed, RIGHTS},
 };
 
 const DOCS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
@@ -242,4 +243,28 @@ fn every_test_that_the_pages_of_cases_and_faults_name_is_there() {
         }
         assert!(named > least, "only {named} tests are named in {page}");
     }
+}
+
+#[test]
+fn the_page_of_trust_shows_the_table_of_rights() {
+    let page = read("trust.md");
+    let section = page.split("## Rights").nth(1).unwrap();
+    let section = section.split("## Audit").next().unwrap();
+    let rows: Vec<&str> = section
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.ends_with("needs |"))
+        .filter(|line| !line.ends_with("needs over the VM |"))
+        .collect();
+    let calls = RIGHTS
+        .iter()
+        .map(|right| format!("| `{}.{}` | {} |", right.service, right.method, right.needs));
+    let deeds = Deed::ALL.iter().map(|deed| {
+        let beyond = if deed.needs_all() {
+            ", over all VMs"
+        } else {
+            ""
+        };
+        format!("| {deed} | {}{beyond} |", deed.needs())
+    });
+    assert_eq!(rows, calls.chain(deeds).collect::<Vec<_>>());
 }

@@ -19,18 +19,19 @@ pub const INTERRUPTED: &str = "INTERRUPTED";
 /// Adds an error of the client.
 pub fn add_error(values: &mut Values, error: &Error) {
     match error {
-        Error::Failed(failure) => add_failure(values, failure),
+        Error::Failed(failure) => {
+            add_failure(values, failure);
+            if let (Some(advice), Some(Value::String(told))) = (error.advice(), values.get("msg")) {
+                let told = format!("{told}; {advice}");
+                values.insert("msg".to_owned(), Value::String(told));
+            }
+        }
         other => {
             let mut message = other.chain();
             if let Some(advice) = other.advice() {
                 message = format!("{message}; {advice}");
             }
-            let reason = if other.is_no_agent() {
-                NO_AGENT
-            } else {
-                ARGUMENTS
-            };
-            add_plain(values, reason, &message);
+            add_plain(values, other.hindrance().reason(), &message);
         }
     }
 }

@@ -179,7 +179,11 @@ fn holds(
     if answer["failed"] == false {
         prop_assert_eq!(&answer["results"], &json!([]));
     } else {
-        let reasons = [json!("INVALID_ARGUMENTS"), json!("AGENT_UNREACHABLE")];
+        let reasons = [
+            json!("INVALID_ARGUMENTS"),
+            json!("AGENT_UNREACHABLE"),
+            json!("NO_ROUTE"),
+        ];
         prop_assert!(
             reasons.contains(&answer["error"]["reason"]),
             "{}",

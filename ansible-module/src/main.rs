@@ -23,11 +23,11 @@ mod task;
 
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use vmsnap_client::{Client, ConnectOptions, Endpoint, Error};
+use vmsnap_client::{Client, ConnectOptions, Endpoint, Error, TlsFiles};
 
 use crate::rendered::Values;
 use crate::snapshot::Accepted;
@@ -176,8 +176,15 @@ async fn connect(task: &Task) -> Result<Client, Error> {
         Some(text) => Endpoint::parse(text)?,
         None => Endpoint::from_environment()?,
     };
+    let file = |option: &str| task.text(option).map(PathBuf::from);
+    let tls = TlsFiles {
+        ca_path: file("ca_path"),
+        client_cert: file("client_cert"),
+        client_key: file("client_key"),
+    };
     let mut options = ConnectOptions {
         user_agent: concat!("vmsnap-ansible/", env!("CARGO_PKG_VERSION")),
+        tls: tls.or(TlsFiles::from_environment()),
         ..ConnectOptions::default()
     };
     // A run is bounded by the agent; a plan and a read are bounded here.

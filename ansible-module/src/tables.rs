@@ -25,6 +25,20 @@ const AGENT: Argument = Argument::new(
     "where the agent listens: unix:///path or host:port",
 );
 
+const CA_PATH: Argument = Argument::new(
+    "ca_path",
+    Kind::Text,
+    "the CA that signed the agent's certificate",
+);
+
+const CLIENT_CERT: Argument = Argument::new(
+    "client_cert",
+    Kind::Text,
+    "the certificate that says who calls",
+);
+
+const CLIENT_KEY: Argument = Argument::new("client_key", Kind::Text, "the key of client_cert");
+
 /// The options of `vm_snapshot`.
 pub const VM_SNAPSHOT: &[Argument] = &[
     Argument::new(
@@ -246,6 +260,9 @@ pub const VM_SNAPSHOT: &[Argument] = &[
     ),
     Argument::new("wait", Kind::Flag, "wait for the end of the run").or(Fallback::Flag(true)),
     AGENT,
+    CA_PATH,
+    CLIENT_CERT,
+    CLIENT_KEY,
 ];
 
 /// The options of `vm_snapshot_info`.
@@ -271,4 +288,7 @@ pub const VM_SNAPSHOT_INFO: &[Argument] = &[
     Argument::new("timeout", Kind::Duration, "give up reading after this time")
         .or(Fallback::Text("60s")),
     AGENT,
+    CA_PATH,
+    CLIENT_CERT,
+    CLIENT_KEY,
 ];

@@ -3,7 +3,7 @@
 //! Invariant: nothing malformed gets past this module, so that a wrong use ends
 //! with status 2 before an agent is asked.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{
     Args, Parser, Subcommand,
@@ -21,11 +21,20 @@ use vmsnap_proto::v1;
 #[derive(Debug, Parser)]
 #[command(name = "vmsnap", version, max_term_width = 100, after_help = EXIT_STATUS)]
 pub struct Cli {
-    /// Agent to talk to: unix:///path, or host:port on loopback
-    /// [env: VMSNAP_AGENT] [default: unix:///run/vmsnap/agent.sock]
+    /// Agent to talk to: unix:///path, or host:port (IPv6: [::1]:7443), by mutual TLS
+    /// but for a plain http://127.0.0.1:port [env: VMSNAP_AGENT] [default: unix:///run/vmsnap/agent.sock]
     // Not clap's own `env`: a variable that is set and empty means the default.
     #[arg(long, global = true, value_name = "ENDPOINT")]
     pub agent: Option<Endpoint>,
+    /// CA that signed the agent's certificate [env: VMSNAP_CA_PATH]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub ca_path: Option<PathBuf>,
+    /// Certificate that says who calls [env: VMSNAP_CLIENT_CERT]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub client_cert: Option<PathBuf>,
+    /// Its key [env: VMSNAP_CLIENT_KEY]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub client_key: Option<PathBuf>,
     /// Write one JSON document to standard output; one a line for what streams
     #[arg(long, global = true)]
     pub json: bool,
@@ -34,7 +43,7 @@ pub struct Cli {
 }
 
 const EXIT_STATUS: &str = "\
-Exit status: 0 done; 1 failed or refused; 2 wrong use; 3 no agent; 130 left with Ctrl-C \
+Exit status: 0 done; 1 failed or refused; 2 wrong use; 3 no agent reached, or none that trusts; 130 left with Ctrl-C \
 (the run goes on at the agent).";
 
 #[derive(Debug, Subcommand)]
@@ -101,6 +110,13 @@ pub enum Command {
     },
     /// Tell what is wrong at the agent, and what to do about it; status 1 when something is
     Health,
+    /// Who changed what, and who was denied
+    Audit(AuditArgs),
+    /// Make a small CA and certificates for agents and people, or look at some
+    Cert {
+        #[command(subcommand)]
+        command: CertCommand,
+    },
     /// Show the versions of this program, of the agent and of its hypervisor
     Version,
 }
@@ -355,6 +371,82 @@ pub enum IssuesCommand {
         /// Its id, as listed
         id: String,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct AuditArgs {
+    /// Only about this VM
+    #[arg(long, value_name = "VM")]
+    pub vm: Option<String>,
+    /// Only of this caller, such as uid:1000 or the name of a certificate
+    #[arg(long, value_name = "IDENTITY")]
+    pub caller: Option<String>,
+    /// Only of this call, such as RunWorkflow
+    #[arg(long, value_name = "CALL")]
+    pub method: Option<String>,
+    /// Only what was denied
+    #[arg(long)]
+    pub denied: bool,
+    /// Only what is younger
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub since: Option<Duration>,
+    /// At most this many, the newest
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 50)]
+    pub limit: usize,
+    /// Go on and show what comes
+    #[arg(long, short)]
+    pub follow: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CertCommand {
+    /// Make a CA: ca.pem and ca.key
+    Ca {
+        /// Folder of the CA and of its certificates
+        #[arg(long, value_name = "FOLDER", default_value = ".")]
+        dir: PathBuf,
+        /// Name of the CA
+        #[arg(long, default_value = "vmsnap CA")]
+        name: String,
+        /// How long it is valid
+        #[arg(long, value_name = "DAYS", default_value_t = 3_650, value_parser = clap::value_parser!(u32).range(1..36_500))]
+        days: u32,
+    },
+    /// Make a certificate for an agent: NAME.pem and NAME.key
+    Agent {
+        /// Names and addresses by which callers reach it; the first one names the files
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        #[command(flatten)]
+        new: NewCert,
+    },
+    /// Make a certificate for a person or a program that calls: NAME.pem and NAME.key
+    Person {
+        /// The name that stands in the agents' roles
+        name: String,
+        #[command(flatten)]
+        new: NewCert,
+    },
+    /// Show whom certificates are for, who signed them and how long they are valid
+    Show {
+        /// PEM files
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
+/// How a certificate is made.
+#[derive(Debug, Args)]
+pub struct NewCert {
+    /// Folder of the CA and of its certificates
+    #[arg(long, value_name = "FOLDER", default_value = ".")]
+    pub dir: PathBuf,
+    /// How long it is valid
+    #[arg(long, value_name = "DAYS", default_value_t = 397, value_parser = clap::value_parser!(u32).range(1..36_500))]
+    pub days: u32,
+    /// Replace the certificate and key of that name
+    #[arg(long)]
+    pub renew: bool,
 }
 
 fn duration(text: &str) -> Result<Duration, QuantityError> {

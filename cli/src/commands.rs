@@ -1,15 +1,20 @@
 //! What each command asks the agent and how its answer is shown.
 
-use std::io;
+use std::{
+    io,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use serde_json::{Value, json};
 use vmsnap_client::{
-    Client, ConnectOptions, Endpoint, Error, Failure, REATTACH_WITHIN, json::ToJson as _,
+    Client, ConnectOptions, Endpoint, Error, Failure, Hindrance, REATTACH_WITHIN, TlsFiles,
+    json::ToJson as _,
 };
 use vmsnap_proto::v1;
 
 use crate::{
-    args::{Cli, Command, IssuesCommand, LogArgs, RunArgs},
+    args::{AuditArgs, Cli, Command, IssuesCommand, LogArgs, RunArgs},
+    cert,
     follow::{Ended, Show, follow},
     render::{self, Clock, or_dash},
     spec,
@@ -32,6 +37,8 @@ pub enum Status {
 pub enum Trouble {
     /// No agent, or its refusal.
     Agent(Box<Error>),
+    /// Something on this machine, for what needs no agent.
+    Here(String),
     /// Standard output could not be written.
     Output(io::Error),
 }
@@ -51,6 +58,7 @@ impl From<io::Error> for Trouble {
 /// Everything that a command needs beside its own arguments.
 struct Context {
     agent: Endpoint,
+    tls: TlsFiles,
     json: bool,
     style: Style,
     clock: Clock,
@@ -60,6 +68,7 @@ impl Context {
     async fn connect(&self) -> Result<Client, Trouble> {
         let options = ConnectOptions {
             user_agent: concat!("vmsnap/", env!("CARGO_PKG_VERSION")),
+            tls: self.tls.clone(),
             ..ConnectOptions::default()
         };
         Ok(Client::connect(&self.agent, &options).await?)
@@ -108,12 +117,18 @@ impl Context {
 /// # Errors
 /// See [`Trouble`].
 pub async fn run(cli: Cli) -> Result<Status, Trouble> {
+    let tls = TlsFiles {
+        ca_path: cli.ca_path,
+        client_cert: cli.client_cert,
+        client_key: cli.client_key,
+    };
     let agent = match cli.agent {
         Some(agent) => agent,
         None => Endpoint::from_environment().map_err(Error::from)?,
     };
     let context = Context {
         agent,
+        tls: tls.or(TlsFiles::from_environment()),
         json: cli.json,
         style: Style::from_environment(),
         clock: Clock::system(),
@@ -162,7 +177,87 @@ pub async fn run(cli: Cli) -> Result<Status, Trouble> {
                 Status::Failed
             })
         }
+        Command::Audit(args) => audit(&context, &args).await,
+        Command::Cert { command } => {
+            let report = cert::run(&command).map_err(Trouble::Here)?;
+            context.show(|| report.json.clone(), || report.text.clone())
+        }
         Command::Version => version(&context).await,
+    }
+}
+
+async fn audit(context: &Context, args: &AuditArgs) -> Result<Status, Trouble> {
+    let client = context.connect().await?;
+    let since = args.since.map(|since| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let then = now.unwrap_or_default().saturating_sub(since);
+        prost_types::Timestamp {
+            seconds: i64::try_from(then.as_secs()).unwrap_or(i64::MAX),
+            nanos: i32::try_from(then.subsec_nanos()).unwrap_or_default(),
+        }
+    });
+    let denied = args.denied.then_some(i32::from(v1::AuditResult::Denied));
+    let filter = v1::AuditFilter {
+        vm_name: args.vm.clone().unwrap_or_default(),
+        identity: args.caller.clone().unwrap_or_default(),
+        method: args.method.clone().unwrap_or_default(),
+        results: denied.into_iter().collect(),
+        since,
+    };
+    let mut entries = client.audit(filter.clone(), args.limit).await?;
+    entries.reverse();
+    if context.json {
+        for entry in &entries {
+            terminal::json(&entry.to_json())?;
+        }
+    } else {
+        data(&render::audit::table(&entries, &context.clock))?;
+    }
+    if !args.follow {
+        return Ok(Status::Done);
+    }
+    let mut last = match entries.last() {
+        Some(entry) => entry.sequence,
+        // Nothing that matches is there yet, and what comes has a higher number than all.
+        None => {
+            let newest = client.audit(v1::AuditFilter::default(), 1).await?;
+            newest.first().map_or(0, |entry| entry.sequence)
+        }
+    };
+    let mut lost: Option<Instant> = None;
+    loop {
+        let mut stream = match client.watch_audit(filter.clone(), last).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                // The agent is being started again, perhaps.
+                let since = *lost.get_or_insert_with(Instant::now);
+                if !error.is_no_agent() || since.elapsed() > REATTACH_WITHIN {
+                    return Err(error.into());
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        lost = None;
+        loop {
+            let message = tokio::select! {
+                message = stream.message() => message,
+                left = tokio::signal::ctrl_c() => {
+                    left?;
+                    return Ok(Status::Left);
+                }
+            };
+            let Ok(Some(message)) = message else { break };
+            let Some(entry) = message.entry else { continue };
+            last = entry.sequence;
+            if context.json {
+                terminal::json(&entry.to_json())?;
+            } else {
+                data(&render::audit::line(&entry, &context.clock))?;
+            }
+        }
+        // The agent was stopped, or the line was cut: the trail goes on behind the last entry.
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
@@ -463,13 +558,17 @@ pub fn error_json(error: &Error) -> Value {
     let failure = match error {
         Error::Failed(failure) => failure.to_json(),
         other => {
+            let hindrance = other.hindrance();
             let failure = v1::Failure {
-                // INVALID_ARGUMENT for what was written; UNAVAILABLE for the way to the agent.
-                code: if matches!(other, Error::Endpoint(_)) {
-                    3
-                } else {
-                    14
+                // INVALID_ARGUMENT for what was written, UNAUTHENTICATED and PERMISSION_DENIED
+                // for trust, UNAVAILABLE for the way to the agent.
+                code: match hindrance {
+                    Hindrance::Settings => 3,
+                    Hindrance::NotTrusted => 16,
+                    Hindrance::NotAllowed => 7,
+                    Hindrance::NoRoute | Hindrance::NoAgent | Hindrance::Failed => 14,
                 },
+                reason: hindrance.reason().to_owned(),
                 message: other.chain(),
                 ..Default::default()
             };
@@ -496,7 +595,7 @@ mod tests {
     fn an_unreachable_agent_is_an_error_document_with_advice() {
         let document = error_json(&Error::NoSuchSocket { path: "/s".into() });
         assert_eq!(document["error"]["code"], "unavailable");
-        assert_eq!(document["error"]["reason"], Value::Null);
+        assert_eq!(document["error"]["reason"], "AGENT_UNREACHABLE");
         assert_eq!(
             document["error"]["message"],
             "no agent there: /s does not exist"

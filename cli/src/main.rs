@@ -4,6 +4,7 @@
 //! the exit status says what happened (see the help's last lines).
 
 mod args;
+mod cert;
 mod commands;
 mod follow;
 mod render;
@@ -13,7 +14,7 @@ mod terminal;
 use std::{io, process::ExitCode};
 
 use clap::Parser as _;
-use vmsnap_client::Error;
+use vmsnap_client::{Error, Hindrance};
 
 use commands::{Status, Trouble};
 
@@ -40,6 +41,10 @@ async fn main() -> ExitCode {
             terminal::talk(&format!("cannot write to standard output: {error}"));
             ExitCode::from(FAILED)
         }
+        Err(Trouble::Here(problem)) => {
+            terminal::talk(&problem);
+            ExitCode::from(FAILED)
+        }
         Err(Trouble::Agent(error)) => {
             if json && terminal::json(&commands::error_json(&error)).is_err() {
                 return ExitCode::from(BROKEN_PIPE);
@@ -55,7 +60,7 @@ async fn main() -> ExitCode {
 
 fn status_of(error: &Error) -> u8 {
     match error {
-        Error::Endpoint(_) => USAGE,
+        error if error.hindrance() == Hindrance::Settings => USAGE,
         error if error.is_no_agent() => NO_AGENT,
         _ => FAILED,
     }

@@ -1,27 +1,30 @@
 //! A connection to an agent, and every call of the contract on it.
 //!
-//! Invariants: plain TCP goes to loopback only; a connection that went silent is
-//! found by HTTP/2 pings; every call but the streams has a deadline. Lists are
+//! Invariants: plain TCP goes to loopback only, everything else is mutual TLS; a
+//! connection that went silent is found by HTTP/2 pings; every call but the streams has a deadline. Lists are
 //! read to their last page.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, time::timeout};
+use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::{
-    Request, Status,
-    transport::{Channel, Endpoint as Transport},
+    Request, Status, Streaming,
+    transport::{Channel, Endpoint as Transport, Uri},
 };
 use vmsnap_proto::v1::{
-    self, inventory_service_client::InventoryServiceClient,
+    self, audit_service_client::AuditServiceClient,
+    inventory_service_client::InventoryServiceClient,
     known_issue_service_client::KnownIssueServiceClient,
     workflow_service_client::WorkflowServiceClient,
 };
 
 use crate::{
     endpoint::Endpoint,
-    error::Error,
+    error::{CONNECTING, Error},
     run::{RunOptions, RunStream},
+    tls::{self, TlsFiles},
 };
 
 /// A page of 10,000 snapshots passes 4 MiB, the limit that tonic begins with.
@@ -43,6 +46,8 @@ pub struct ConnectOptions {
     pub keepalive_timeout: Duration,
     /// What the caller calls itself, such as `vmsnap/0.1.0`.
     pub user_agent: &'static str,
+    /// The files of mutual TLS, as far as they are named.
+    pub tls: TlsFiles,
 }
 
 impl Default for ConnectOptions {
@@ -53,6 +58,7 @@ impl Default for ConnectOptions {
             keepalive_interval: Duration::from_secs(15),
             keepalive_timeout: Duration::from_secs(10),
             user_agent: concat!("vmsnap-client/", env!("CARGO_PKG_VERSION")),
+            tls: TlsFiles::default(),
         }
     }
 }
@@ -70,20 +76,28 @@ impl Client {
     /// Connects, and fails when nobody is there.
     ///
     /// # Errors
-    /// Everything of [`Error::is_no_agent`]; nothing is retried.
+    /// Everything of [`Error::is_no_agent`], and what is wrong with the files of
+    /// TLS; nothing is retried.
     pub async fn connect(endpoint: &Endpoint, options: &ConnectOptions) -> Result<Self, Error> {
-        if endpoint.needs_tls() {
-            return Err(Error::TlsNeeded {
-                endpoint: endpoint.clone(),
-            });
-        }
+        let secure = endpoint.wants_tls(options.tls.are_named());
+        let trust = if secure {
+            let missing = options.tls.missing();
+            if !missing.is_empty() {
+                return Err(Error::TlsNeeded {
+                    endpoint: endpoint.clone(),
+                    missing,
+                });
+            }
+            Some(options.tls.read()?)
+        } else {
+            None
+        };
         let unreachable =
             |source: tonic::transport::Error| Error::connecting(endpoint, Box::new(source));
-        let transport = Transport::from_shared(uri(endpoint))
+        let transport = Transport::from_shared(uri(endpoint, secure))
             .and_then(|transport| transport.user_agent(options.user_agent))
             .map_err(unreachable)?
             .connect_timeout(options.connect_timeout)
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(options.keepalive_interval)
             .keep_alive_timeout(options.keepalive_timeout)
             // A run may be silent for longer than a proxy or a firewall has patience.
@@ -95,13 +109,37 @@ impl Client {
                         .connect_with_connector(socket_connector(path.clone()))
                         .await
                 }
-                Endpoint::Tcp { .. } => transport.connect().await,
+                Endpoint::Tcp { host, port, .. } => match trust {
+                    Some(trust) => {
+                        let (host, port) = (host.clone(), *port);
+                        // A host that parsed is a name or an address.
+                        let name = ServerName::try_from(host.clone()).ok();
+                        let connector = tower::service_fn(move |_: Uri| {
+                            let (host, name, trust) = (host.clone(), name.clone(), trust.clone());
+                            async move {
+                                let name = name.ok_or_else(|| {
+                                    tls::Obstacle::Tls(std::io::Error::other("no name of a host"))
+                                })?;
+                                tls::tls(&host, port, name, trust).await.map(TokioIo::new)
+                            }
+                        });
+                        transport.connect_with_connector(connector).await
+                    }
+                    None => {
+                        let (host, port) = (host.clone(), *port);
+                        let connector = tower::service_fn(move |_: Uri| {
+                            let host = host.clone();
+                            async move { tls::tcp(&host, port).await.map(TokioIo::new) }
+                        });
+                        transport.connect_with_connector(connector).await
+                    }
+                },
             }
         };
         let channel = timeout(options.connect_timeout, connecting)
             .await
             .map_err(|_| Error::TimedOut {
-                what: "connecting to the agent",
+                what: CONNECTING,
                 endpoint: endpoint.clone(),
                 after: options.connect_timeout,
             })?
@@ -117,6 +155,13 @@ impl Client {
     #[must_use]
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
+    }
+
+    /// The connection itself, for services that are not of the contract, such as
+    /// health.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
     }
 
     /// Runs a workflow, or joins the run of the same request id. Nothing is sent
@@ -415,6 +460,53 @@ impl Client {
         Ok(())
     }
 
+    /// The newest entries of the audit trail, newest first, at most `limit`.
+    ///
+    /// # Errors
+    /// Everything that a call has.
+    pub async fn audit(
+        &self,
+        filter: v1::AuditFilter,
+        limit: usize,
+    ) -> Result<Vec<v1::AuditEntry>, Error> {
+        let mut found = Vec::new();
+        let mut page_token = String::new();
+        while found.len() < limit {
+            let missing = u32::try_from(limit - found.len()).unwrap_or(PAGE);
+            let request = self.request(v1::ListAuditRequest {
+                page_size: missing.min(PAGE),
+                page_token,
+                filter: Some(filter.clone()),
+            });
+            let page = self
+                .answer(self.audit_service().list_audit(request))
+                .await?;
+            found.extend(page.entries);
+            if page.next_page_token.is_empty() {
+                break;
+            }
+            page_token = page.next_page_token;
+        }
+        found.truncate(limit);
+        Ok(found)
+    }
+
+    /// Entries of the audit trail behind a sequence, and then new ones as they come.
+    ///
+    /// # Errors
+    /// Everything that a call has.
+    pub async fn watch_audit(
+        &self,
+        filter: v1::AuditFilter,
+        after_sequence: u64,
+    ) -> Result<Streaming<v1::WatchAuditResponse>, Error> {
+        let request = Request::new(v1::WatchAuditRequest {
+            filter: Some(filter),
+            after_sequence,
+        });
+        self.answer(self.audit_service().watch_audit(request)).await
+    }
+
     pub(crate) fn workflows_service(&self) -> WorkflowServiceClient<Channel> {
         WorkflowServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
@@ -426,6 +518,10 @@ impl Client {
     fn issues_service(&self) -> KnownIssueServiceClient<Channel> {
         KnownIssueServiceClient::new(self.channel.clone())
             .max_decoding_message_size(LARGEST_MESSAGE)
+    }
+
+    fn audit_service(&self) -> AuditServiceClient<Channel> {
+        AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_MESSAGE)
     }
 
     /// The agent learns of the deadline too, and stops reading in vain.
@@ -470,24 +566,23 @@ fn timed_out(status: &Status) -> bool {
 
 /// The `:authority` of requests. A socket has none of its own; `localhost` is
 /// what other gRPC libraries send, and servers accept.
-fn uri(endpoint: &Endpoint) -> String {
+fn uri(endpoint: &Endpoint, secure: bool) -> String {
+    let scheme = if secure { "https" } else { "http" };
     match endpoint {
         Endpoint::Unix(_) => "http://localhost".to_owned(),
-        Endpoint::Tcp { host, port, .. } if host.contains(':') => format!("http://[{host}]:{port}"),
-        Endpoint::Tcp { host, port, .. } => format!("http://{host}:{port}"),
+        Endpoint::Tcp { host, port, .. } if host.contains(':') => {
+            format!("{scheme}://[{host}]:{port}")
+        }
+        Endpoint::Tcp { host, port, .. } => format!("{scheme}://{host}:{port}"),
     }
 }
 
 fn socket_connector(
     path: PathBuf,
-) -> impl tower::Service<
-    tonic::transport::Uri,
-    Response = TokioIo<UnixStream>,
-    Error = std::io::Error,
-    Future: Send,
-> + Send
+) -> impl tower::Service<Uri, Response = TokioIo<UnixStream>, Error = std::io::Error, Future: Send>
++ Send
 + 'static {
-    tower::service_fn(move |_| {
+    tower::service_fn(move |_: Uri| {
         let path = path.clone();
         async move { Ok(TokioIo::new(UnixStream::connect(path).await?)) }
     })

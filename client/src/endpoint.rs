@@ -2,7 +2,8 @@
 //!
 //! Invariants: an endpoint that parsed can be connected to in form; whether a
 //! plain connection to it is allowed is asked at [`Endpoint::needs_tls`], and
-//! plain TCP is allowed to loopback only.
+//! plain TCP is allowed to loopback only. `http://` asks for a plain connection by
+//! name, `https://` for TLS; without either, [`Endpoint::wants_tls`] decides.
 
 use std::{
     fmt,
@@ -31,8 +32,8 @@ pub enum Endpoint {
         host: String,
         /// The port, never zero.
         port: u16,
-        /// `https://` was written, so a plain connection would not be what was meant.
-        tls: bool,
+        /// `https://` (true) or `http://` (false) was written, or neither.
+        tls: Option<bool>,
     },
 }
 
@@ -118,8 +119,15 @@ impl Endpoint {
     pub fn needs_tls(&self) -> bool {
         match self {
             Endpoint::Unix(_) => false,
-            Endpoint::Tcp { host, tls, .. } => *tls || !is_loopback(host),
+            Endpoint::Tcp { host, tls, .. } => *tls == Some(true) || !is_loopback(host),
         }
+    }
+
+    /// Whether TLS is spoken to it, by a caller who has the files for it or not.
+    #[must_use]
+    pub fn wants_tls(&self, has_files: bool) -> bool {
+        let unsaid = matches!(self, Endpoint::Tcp { tls: None, .. });
+        self.needs_tls() || (unsaid && has_files)
     }
 
     fn read(value: &str) -> Result<Self, EndpointFault> {
@@ -136,9 +144,9 @@ impl Endpoint {
             return socket(path);
         }
         let (address, tls) = match value.split_once("://") {
-            None => (value, false),
-            Some(("http", address)) => (address, false),
-            Some(("https", address)) => (address, true),
+            None => (value, None),
+            Some(("http", address)) => (address, Some(false)),
+            Some(("https", address)) => (address, Some(true)),
             Some((scheme, _)) => return Err(EndpointFault::UnknownScheme(scheme.to_owned())),
         };
         let address = address.strip_suffix('/').unwrap_or(address);
@@ -159,7 +167,7 @@ fn socket(path: &str) -> Result<Endpoint, EndpointFault> {
     Ok(Endpoint::Unix(PathBuf::from(path)))
 }
 
-fn tcp(address: &str, tls: bool) -> Result<Endpoint, EndpointFault> {
+fn tcp(address: &str, tls: Option<bool>) -> Result<Endpoint, EndpointFault> {
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, port) = rest
             .split_once(']')
@@ -223,7 +231,11 @@ impl fmt::Display for Endpoint {
         match self {
             Endpoint::Unix(path) => write!(f, "unix://{}", path.display()),
             Endpoint::Tcp { host, port, tls } => {
-                let scheme = if *tls { "https://" } else { "" };
+                let scheme = match tls {
+                    Some(true) => "https://",
+                    Some(false) => "http://",
+                    None => "",
+                };
                 if host.contains(':') {
                     write!(f, "{scheme}[{host}]:{port}")
                 } else {
@@ -238,7 +250,7 @@ impl fmt::Display for Endpoint {
 mod tests {
     use super::*;
 
-    fn tcp(host: &str, port: u16, tls: bool) -> Endpoint {
+    fn tcp(host: &str, port: u16, tls: Option<bool>) -> Endpoint {
         Endpoint::Tcp {
             host: host.to_owned(),
             port,
@@ -266,18 +278,18 @@ mod tests {
             ),
             (
                 "kvm1.example:7443",
-                tcp("kvm1.example", 7443, false),
+                tcp("kvm1.example", 7443, None),
                 "kvm1.example:7443",
             ),
-            ("[::1]:7443", tcp("::1", 7443, false), "[::1]:7443"),
+            ("[::1]:7443", tcp("::1", 7443, None), "[::1]:7443"),
             (
                 "http://127.0.0.1:7443/",
-                tcp("127.0.0.1", 7443, false),
-                "127.0.0.1:7443",
+                tcp("127.0.0.1", 7443, Some(false)),
+                "http://127.0.0.1:7443",
             ),
             (
                 "https://kvm1:7443",
-                tcp("kvm1", 7443, true),
+                tcp("kvm1", 7443, Some(true)),
                 "https://kvm1:7443",
             ),
         ] {
@@ -329,6 +341,22 @@ mod tests {
             Endpoint::parse(&long).unwrap_err().fault,
             EndpointFault::PathTooLong(108)
         );
+    }
+
+    #[test]
+    fn who_has_the_files_for_tls_speaks_it_where_nothing_else_was_asked_for() {
+        for (text, with, without) in [
+            ("/run/a.sock", false, false),
+            ("127.0.0.1:1", true, false),
+            ("http://127.0.0.1:1", false, false),
+            ("https://127.0.0.1:1", true, true),
+            ("kvm1:1", true, true),
+            ("http://kvm1:1", true, true),
+        ] {
+            let endpoint = Endpoint::parse(text).unwrap();
+            assert_eq!(endpoint.wants_tls(true), with, "{text}");
+            assert_eq!(endpoint.wants_tls(false), without, "{text}");
+        }
     }
 
     #[test]

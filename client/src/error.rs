@@ -10,7 +10,40 @@ use tonic::{Code, Status};
 use crate::{
     endpoint::{Endpoint, EndpointError},
     failure::Failure,
+    tls::{Distrust, Obstacle},
 };
+
+/// What kept a caller from what he wanted, as he has to look for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hindrance {
+    /// What was written cannot be meant: an address, a file, an option.
+    Settings,
+    /// No way leads to the machine.
+    NoRoute,
+    /// The machine is there, and no agent that answers.
+    NoAgent,
+    /// One side does not trust the other's certificate.
+    NotTrusted,
+    /// The agent, or the socket's permissions, do not let this caller.
+    NotAllowed,
+    /// The agent answered with another error.
+    Failed,
+}
+
+impl Hindrance {
+    /// As a program reads it: the `reason` of what no agent said.
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Settings => "INVALID_ARGUMENTS",
+            Self::NoRoute => "NO_ROUTE",
+            Self::NoAgent => "AGENT_UNREACHABLE",
+            Self::NotTrusted => "NOT_TRUSTED",
+            Self::NotAllowed => "NOT_ALLOWED",
+            Self::Failed => "FAILED",
+        }
+    }
+}
 
 /// What can go wrong between a caller and an agent.
 #[derive(Debug, thiserror::Error)]
@@ -46,13 +79,40 @@ pub enum Error {
         /// How long it was waited for.
         after: Duration,
     },
-    /// A plain connection to somewhere else than this machine.
-    #[error(
-        "agent {endpoint} is not on this machine, and plain TCP is spoken to loopback only: mutual TLS is needed"
-    )]
+    /// TLS is needed, and not all of its files are named.
+    #[error("agent {endpoint} is spoken to with mutual TLS only, and {} not given", are(.missing))]
     TlsNeeded {
         /// What was to be connected to.
         endpoint: Endpoint,
+        /// The options that are missing.
+        missing: Vec<&'static str>,
+    },
+    /// A file of TLS cannot be used.
+    #[error("{field}: {} {problem}", .path.display())]
+    TlsFile {
+        /// The option that names it.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// No way leads to the machine.
+    #[error("no route to {endpoint}")]
+    NoRoute {
+        /// What was to be connected to.
+        endpoint: Endpoint,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// One side does not trust the other.
+    #[error("no trust between this caller and {endpoint}: {distrust}")]
+    NotTrusted {
+        /// What was to be connected to.
+        endpoint: Endpoint,
+        /// Who does not trust whom, and why.
+        distrust: Distrust,
     },
     /// No connection for another reason.
     #[error("cannot connect to {endpoint}")]
@@ -86,12 +146,43 @@ pub enum Error {
     Failed(Box<Failure>),
 }
 
+/// What is waited for first.
+pub(crate) const CONNECTING: &str = "connecting to the agent";
+
 fn workflow_suffix(id: Option<&str>) -> String {
     id.map(|id| format!(" while following workflow {id}"))
         .unwrap_or_default()
 }
 
+fn are(missing: &[&str]) -> String {
+    let verb = if missing.len() == 1 { "is" } else { "are" };
+    format!("{} {verb}", missing.join(", "))
+}
+
 impl Error {
+    /// What kind of hindrance this is.
+    #[must_use]
+    pub fn hindrance(&self) -> Hindrance {
+        match self {
+            Error::Endpoint(_) | Error::TlsNeeded { .. } | Error::TlsFile { .. } => {
+                Hindrance::Settings
+            }
+            Error::NoRoute { .. } => Hindrance::NoRoute,
+            Error::NoSuchSocket { .. }
+            | Error::Refused { .. }
+            | Error::TimedOut { .. }
+            | Error::Unreachable { .. }
+            | Error::NotAnAgent { .. }
+            | Error::Lost { .. } => Hindrance::NoAgent,
+            Error::NotTrusted { .. } => Hindrance::NotTrusted,
+            Error::PermissionDenied { .. } => Hindrance::NotAllowed,
+            Error::Failed(failure) if failure.reason == Hindrance::NotAllowed.reason() => {
+                Hindrance::NotAllowed
+            }
+            Error::Failed(_) => Hindrance::Failed,
+        }
+    }
+
     /// Whether no agent could be reached at all, as against an agent that
     /// answered with an error.
     #[must_use]
@@ -101,11 +192,15 @@ impl Error {
             | Error::PermissionDenied { .. }
             | Error::Refused { .. }
             | Error::TimedOut { .. }
-            | Error::TlsNeeded { .. }
+            | Error::NoRoute { .. }
+            | Error::NotTrusted { .. }
             | Error::Unreachable { .. }
             | Error::NotAnAgent { .. }
             | Error::Lost { .. } => true,
-            Error::Endpoint(_) | Error::Failed(_) => false,
+            Error::Endpoint(_)
+            | Error::TlsNeeded { .. }
+            | Error::TlsFile { .. }
+            | Error::Failed(_) => false,
         }
     }
 
@@ -149,7 +244,18 @@ impl Error {
                 "run as root, or as a member of the group that owns the socket".to_owned(),
             ),
             Error::TlsNeeded { .. } => Some(
-                "run this on the hypervisor itself, or forward the agent's socket over ssh (ssh -L /tmp/agent.sock:/run/vmsnap/agent.sock HOST)".to_owned(),
+                "give ca_path, client_cert and client_key (or VMSNAP_CA_PATH, VMSNAP_CLIENT_CERT and VMSNAP_CLIENT_KEY), or run this on the hypervisor itself; `vmsnap cert` makes certificates for those who have none".to_owned(),
+            ),
+            Error::NoRoute { .. } => Some(
+                "check the name, the address and the network; nothing answered from there".to_owned(),
+            ),
+            Error::TimedOut { what: CONNECTING, .. } => Some(
+                "check the address and the firewalls between here and there".to_owned(),
+            ),
+            Error::NotTrusted { distrust, .. } => Some(distrust.advice().to_owned()),
+            Error::TlsFile { .. } => Some("PEM files are needed, as `vmsnap cert` makes them".to_owned()),
+            Error::Failed(failure) if failure.reason == Hindrance::NotAllowed.reason() => Some(
+                "ask who keeps the agent's roles (trust.roles in its configuration) for the right".to_owned(),
             ),
             Error::Lost { workflow_id: Some(id), .. } => Some(format!(
                 "the run belongs to the agent and goes on without its callers; follow it with `vmsnap watch {id}`"
@@ -168,8 +274,32 @@ impl Error {
         endpoint: &Endpoint,
         source: Box<dyn std::error::Error + Send + Sync>,
     ) -> Self {
-        let kind = find::<io::Error>(&*source).map(io::Error::kind);
+        use io::ErrorKind as Kind;
+
+        if let Some(distrust) = distrust(&*source) {
+            return Error::NotTrusted {
+                endpoint: endpoint.clone(),
+                distrust,
+            };
+        }
+        let kind = match find::<Obstacle>(&*source) {
+            Some(Obstacle::Name(_)) => Some(Kind::HostUnreachable),
+            Some(Obstacle::Connect(error) | Obstacle::Tls(error)) => Some(error.kind()),
+            None => find::<io::Error>(&*source).map(io::Error::kind),
+        };
         match (kind, endpoint) {
+            (
+                Some(
+                    Kind::HostUnreachable
+                    | Kind::NetworkUnreachable
+                    | Kind::AddrNotAvailable
+                    | Kind::NetworkDown,
+                ),
+                _,
+            ) => Error::NoRoute {
+                endpoint: endpoint.clone(),
+                source,
+            },
             (Some(io::ErrorKind::NotFound), Endpoint::Unix(path)) => {
                 Error::NoSuchSocket { path: path.clone() }
             }
@@ -209,6 +339,14 @@ impl Error {
             };
         }
         Error::Failed(Box::new(failure))
+    }
+}
+
+/// What an error's chain tells of trust.
+pub(crate) fn distrust(error: &(dyn std::error::Error + 'static)) -> Option<Distrust> {
+    match find::<Obstacle>(error)? {
+        Obstacle::Tls(error) => Distrust::of(error),
+        Obstacle::Name(_) | Obstacle::Connect(_) => None,
     }
 }
 

@@ -179,6 +179,7 @@ words! {
     WorkflowState "WORKFLOW_STATE_",
     GuardState "GUARD_STATE_",
     HealthProblemKind "HEALTH_PROBLEM_KIND_",
+    AuditResult "AUDIT_RESULT_",
 }
 
 /// The word of a `google.rpc.Code`, such as `not_found`.
@@ -346,6 +347,12 @@ messages! {
     EventHeartbeat {}
     EventQueued { behind_workflow_id }
     EventOutcome { state: WorkflowState, result, failure }
+
+    // audit.proto
+    AuditEntry {
+        sequence, time, caller, method, action, vm_name, snapshot_name, workflow_id, plan_hash,
+        result: AuditResult, reason, note, times,
+    }
 
     // Answers that a caller may want whole.
     ConfirmWorkflowResponse { changed, warnings }

@@ -12,9 +12,11 @@ mod failure;
 pub mod json;
 pub mod quantity;
 mod run;
+mod tls;
 
 pub use client::{Client, ConnectOptions};
 pub use endpoint::{DEFAULT_SOCKET, ENDPOINT_VARIABLE, Endpoint, EndpointError, EndpointFault};
-pub use error::Error;
+pub use error::{Error, Hindrance};
 pub use failure::{Failure, Violation};
 pub use run::{Connection, Finished, REATTACH_WITHIN, RunOptions, RunStream, from_wire, to_wire};
+pub use tls::{CA_VARIABLE, CERT_VARIABLE, Distrust, KEY_VARIABLE, TlsFiles};

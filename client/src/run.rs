@@ -18,7 +18,7 @@ use vmsnap_proto::v1::{self, workflow_event::Kind};
 
 use crate::{
     client::Client,
-    error::{Error, is_transport},
+    error::{Error, distrust, is_transport},
     failure::Failure,
 };
 
@@ -398,6 +398,10 @@ impl RunStream {
     /// "unavailable" and a reason has refused it; one whose journal cannot be written
     /// needs somebody's help before the run goes on.
     fn may_come_back(&self, status: &Status) -> bool {
+        // What was not trusted now will not be in a moment.
+        if distrust(status).is_some() {
+            return false;
+        }
         is_transport(status)
             || (status.code() == Code::Unavailable
                 && self.workflow_id.is_some()

@@ -15,6 +15,7 @@ use rustix::process::Signal;
 use crate::{
     command::{self, end},
     domain::Lab,
+    network::Place,
     paths,
     wait::eventually_some,
 };
@@ -26,14 +27,24 @@ pub struct Agent {
     folder: PathBuf,
     child: Option<Child>,
     environment: Vec<(String, String)>,
+    place: Option<Place>,
 }
 
 impl Lab {
-    /// Starts an agent, with `more` lines of configuration.
+    /// Starts an agent, with `more` lines of configuration, in which `FOLDER` stands
+    /// for the agent's folder.
     ///
     /// # Errors
     /// When it does not come up.
     pub fn agent(&self, more: &str) -> Result<Agent> {
+        self.agent_at(more, None)
+    }
+
+    /// The same on a machine of a network.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn agent_at(&self, more: &str, place: Option<Place>) -> Result<Agent> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = self
@@ -42,6 +53,7 @@ impl Lab {
         fs::create_dir(&folder)?;
         self.own(&folder)?;
         let shown = folder.display();
+        let more = more.replace("FOLDER", &shown.to_string());
         let tcp = if more.contains("[listen]") {
             String::new()
         } else {
@@ -61,6 +73,7 @@ impl Lab {
             folder,
             child: None,
             environment: Vec::new(),
+            place,
         };
         agent.start()?;
         Ok(agent)
@@ -102,13 +115,25 @@ impl Agent {
     /// # Errors
     /// When it serves none.
     pub fn tcp(&self) -> Result<String> {
+        self.bound("tcp=")
+    }
+
+    /// Its address for mutual TLS, as its log tells.
+    ///
+    /// # Errors
+    /// When it serves none.
+    pub fn tls(&self) -> Result<String> {
+        self.bound("tls=")
+    }
+
+    fn bound(&self, key: &str) -> Result<String> {
         let log = self.log();
-        log.rsplit("tcp=")
+        log.rsplit(key)
             .next()
             .and_then(|rest| rest.split_whitespace().next())
             .filter(|address| address.contains(':'))
             .map(str::to_owned)
-            .context("the agent's log names no TCP address")
+            .with_context(|| format!("the agent's log names no address behind {key}"))
     }
 
     /// Its folder.
@@ -154,7 +179,11 @@ impl Agent {
         command
             .args(["serve", "--config"])
             .arg(self.folder.join("agent.toml"))
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        if let Some(place) = &self.place {
+            command = place.holds(self.lab.user, &command);
+        }
+        command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -188,6 +217,20 @@ impl Agent {
     pub fn ended(&mut self) -> bool {
         let child = self.child.as_mut();
         child.is_none_or(|child| matches!(child.try_wait(), Ok(Some(_))))
+    }
+
+    /// Bytes of memory that are its own now.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn memory(&self) -> Result<u64> {
+        let pid = self.pid().context("the agent does not run")?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line
+            .and_then(|line| line.split_whitespace().next())
+            .context("no VmRSS")?;
+        Ok(kib.parse::<u64>()? * 1024)
     }
 
     /// Its process id.

@@ -87,6 +87,19 @@ impl Lab {
     /// # Errors
     /// When it cannot be run at all.
     pub fn playbook(&self, text: &str, arguments: &[&str]) -> Result<Played> {
+        self.playbook_by(text, arguments, |command| command)
+    }
+
+    /// The same, with something done to the command before it runs.
+    ///
+    /// # Errors
+    /// When it cannot be run at all.
+    pub fn playbook_by(
+        &self,
+        text: &str,
+        arguments: &[&str],
+        with: impl FnOnce(Command) -> Command,
+    ) -> Result<Played> {
         let folder = self.folder.join(format!(
             "play-{}-{}",
             std::process::id(),
@@ -109,7 +122,7 @@ impl Lab {
             .arg(&file)
             .env("TMPDIR", &folder)
             .current_dir(&folder);
-        let output = run(&mut command, None, PLAY)?;
+        let output = run(&mut with(command), None, PLAY)?;
         Ok(Played {
             status: output.status,
             output,

@@ -1,43 +1,20 @@
 //! The contract in the hands of a foreign client: Python's grpcio, with stubs
 //! generated from the `.proto` files.
 
-use std::fs;
-
 use anyhow::Result;
 use serde_json::{Value, json};
-use vmsnap_tests::{BlankSpec, Lab, command, paths};
-
-fn python(arguments: &[&str]) -> Result<String> {
-    command::succeed(&mut command::command(
-        paths::python_tool("python3"),
-        arguments,
-    ))
-}
+use vmsnap_tests::{
+    BlankSpec, Lab, paths,
+    python::{Stubs, python},
+};
 
 #[test]
 fn a_foreign_client_runs_watches_and_reads_rich_errors_over_socket_and_loopback() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;
     let domain = lab.blank(&BlankSpec::default())?;
-    let stubs = lab.folder.join(format!("stubs-{}", std::process::id()));
-    fs::create_dir(&stubs)?;
-    let proto = paths::checkout().join("proto");
-    let (shown, root) = (stubs.display().to_string(), proto.display().to_string());
-    let mut generate = vec![
-        "-m",
-        "grpc_tools.protoc",
-        "-I",
-        &root,
-        "--python_out",
-        &shown,
-        "--grpc_python_out",
-        &shown,
-    ];
-    let files: Vec<String> = fs::read_dir(proto.join("vmsnap/v1"))?
-        .filter_map(|entry| Some(entry.ok()?.path().display().to_string()))
-        .collect();
-    generate.extend(files.iter().map(String::as_str));
-    python(&generate)?;
+    let stubs = Stubs::new(&lab)?;
+    let shown = stubs.folder();
     let script = paths::checkout()
         .join("tests/tests/foreign_client.py")
         .display()
@@ -51,6 +28,7 @@ fn a_foreign_client_runs_watches_and_reads_rich_errors_over_socket_and_loopback(
             "WorkflowService",
             "InventoryService",
             "KnownIssueService",
+            "AuditService",
             "Health",
         ] {
             assert!(services.contains(service), "{services}");
@@ -78,6 +56,5 @@ fn a_foreign_client_runs_watches_and_reads_rich_errors_over_socket_and_loopback(
         assert_eq!(report["bad"]["fields"], json!(["vm_name", "snapshot_name"]));
         assert_eq!(domain.state()?, "running");
     }
-    fs::remove_dir_all(stubs)?;
     Ok(())
 }

@@ -229,8 +229,10 @@ fn an_agent_answers_any_call_lives_on_and_leaves_its_vm_as_it_was() -> Result<()
     Class::new("agent, calls", 25)
         .few(64)
         .check(&inputs, |(method, message)| {
+            // Who follows the audit trail follows it until he leaves.
+            let follows = method.ends_with("/WatchAudit");
             let answer = runtime.block_on(async {
-                let limit = Duration::from_secs(8);
+                let limit = Duration::from_millis(if follows { 300 } else { 8_000 });
                 tokio::time::timeout(limit, call(&channel, &method, message)).await
             });
             match answer {
@@ -247,7 +249,7 @@ fn an_agent_answers_any_call_lives_on_and_leaves_its_vm_as_it_was() -> Result<()
                     );
                     codes.borrow_mut().insert(status.code().description());
                 }
-                Err(_) => prop_assert!(false, "{method} does not answer"),
+                Err(_) => prop_assert!(follows, "{method} does not answer"),
             }
             Ok(())
         });

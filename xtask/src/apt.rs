@@ -28,6 +28,7 @@ const PLAIN: &[&str] = &[
     "dropbear-bin",
     "e2fsprogs",
     "gcc",
+    "iproute2",
     "kmod",
     "libc6-dev",
     "openssh-client",
@@ -40,6 +41,7 @@ const PLAIN: &[&str] = &[
     "rpm",
     // systemd-analyze and systemd-sysusers; it does not become the init system.
     "systemd",
+    "util-linux",
     "xz-utils",
     "zstd",
 ];

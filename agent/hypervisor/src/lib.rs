@@ -25,6 +25,7 @@ pub mod image;
 mod lanes;
 mod options;
 pub mod overlap;
+mod peer;
 mod qcow2;
 pub mod saved;
 mod snapshot;
@@ -47,6 +48,7 @@ pub use events::{DomainEvent, EventKind, Lifecycle};
 pub use guest::{FreezeStatus, GuestInfo, GuestInterface};
 pub use lanes::OverdueCall;
 pub use options::Options;
+pub use peer::peer_groups;
 pub use snapshot::{
     DeleteFlags, RevertFlags, SnapshotDiskInfo, SnapshotDiskMode, SnapshotDiskSpec, SnapshotInfo,
     SnapshotMemory, SnapshotMemoryInfo, SnapshotMode, SnapshotSpec,

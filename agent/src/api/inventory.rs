@@ -3,10 +3,11 @@
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, inventory_service_server::InventoryService};
 
-use super::{errors, paging, reply, workflow};
+use super::{access, errors, paging, reply, veil::Veil, workflow};
 use crate::{
     operate::health,
     planning::{Fault, actions::kind::version, request::DEFAULT_POOL},
+    trust::Role,
     workflows::Workflows,
 };
 
@@ -58,8 +59,10 @@ impl InventoryService for Service {
         &self,
         request: Request<v1::ListVmsRequest>,
     ) -> Result<Response<v1::ListVmsResponse>, Status> {
+        let sight = access::of(&request)?.sight();
         let message = request.into_inner();
         let mut all = self.0.observer().vms().await.map_err(failed)?;
+        all.retain(|vm| sight.sees(&vm.name));
         for vm in &mut all {
             vm.busy_with = self.0.busy_with(&vm.name);
         }
@@ -92,9 +95,14 @@ impl InventoryService for Service {
         &self,
         request: Request<v1::GetVmRequest>,
     ) -> Result<Response<v1::GetVmResponse>, Status> {
+        let caller = access::of(&request)?;
         let name = request.into_inner().vm_name;
         workflow::named("vm_name", &name)?;
-        let vm = self.0.observer().named_vm(&name).await.map_err(failed)?;
+        access::over(&self.0, &caller, "GetVm", Role::Viewer, &name).await?;
+        let vm = match self.0.observer().named_vm(&name).await {
+            Ok(vm) => vm,
+            Err(fault) => return Err(Veil::of(&self.0, &caller).await?.status(&fault)),
+        };
         Ok(Response::new(v1::GetVmResponse {
             vm: Some(reply::vm(&vm)),
         }))
@@ -104,12 +112,24 @@ impl InventoryService for Service {
         &self,
         request: Request<v1::ListSnapshotsRequest>,
     ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        let caller = access::of(&request)?;
         let message = request.into_inner();
         workflow::named("vm_name", &message.vm_name)?;
         let observer = self.0.observer();
         let vms = match message.vm_name.as_str() {
-            "" => observer.vms_with_snapshots().await.map_err(failed)?,
-            name => vec![observer.vm_to_list(name).await.map_err(failed)?],
+            "" => {
+                let sight = caller.sight();
+                let mut all = observer.vms_with_snapshots().await.map_err(failed)?;
+                all.retain(|(vm, _)| sight.sees(vm));
+                all
+            }
+            name => {
+                access::over(&self.0, &caller, "ListSnapshots", Role::Viewer, name).await?;
+                match observer.vm_to_list(name).await {
+                    Ok(vm) => vec![vm],
+                    Err(fault) => return Err(Veil::of(&self.0, &caller).await?.status(&fault)),
+                }
+            }
         };
         let size = workflow::page(message.page_size, 100, 10_000) as usize;
         let after = paging::Token::read(&message.page_token)?;
@@ -153,6 +173,8 @@ impl InventoryService for Service {
         &self,
         request: Request<v1::ListVolumesRequest>,
     ) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        let caller = access::of(&request)?;
+        let veil = Veil::of(&self.0, &caller).await?;
         let message = request.into_inner();
         workflow::named("pool", &message.pool)?;
         let pool = if message.pool.is_empty() {
@@ -160,12 +182,13 @@ impl InventoryService for Service {
         } else {
             &message.pool
         };
-        let (storage, users) = self.0.observer().volumes(pool).await.map_err(failed)?;
-        let storage = reply::storage(&storage);
-        let mut volumes = storage.volumes;
-        for volume in &mut volumes {
+        let (mut storage, users) = self.0.observer().volumes(pool).await.map_err(failed)?;
+        for volume in &mut storage.volumes {
             volume.used_by = users.get(&volume.path).cloned().unwrap_or_default();
         }
+        veil.storage(&mut storage);
+        let storage = reply::storage(&storage);
+        let volumes = storage.volumes;
         let (volumes, next_page_token) = paging::of_sorted(
             volumes,
             |volume: &v1::Volume| &volume.name,

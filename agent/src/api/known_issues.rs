@@ -3,13 +3,14 @@
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, known_issue_service_server::KnownIssueService};
 
-use super::{errors, paging, reply, workflow};
+use super::{access, errors, paging, reply, veil::Veil, workflow};
 use crate::{
     planning::{
         Fault, Reason,
         issues::{self, Found, Issue, Learned},
         request::{Action, DEFAULT_POOL, List},
     },
+    trust::{Did, Role},
     workflows::Workflows,
 };
 
@@ -64,11 +65,12 @@ fn built_in(issue: &Issue, found: String) -> v1::KnownIssue {
 
 impl Service {
     /// All that is known, or what applies to a VM now.
-    async fn known(&self, vm: &str) -> Result<Vec<v1::KnownIssue>, Fault> {
+    async fn known(&self, vm: &str, veil: &Veil) -> Result<Vec<v1::KnownIssue>, Fault> {
         if vm.is_empty() {
             let here = self.0.journal().learned().await?;
             return Ok(here
                 .iter()
+                .filter(|it| veil.shows_learned(it))
                 .map(learned)
                 .chain(
                     issues::catalogue()
@@ -95,6 +97,7 @@ impl Service {
             .chain(
                 issues::applying(&facts)
                     .into_iter()
+                    .map(|found| veil.found(found))
                     .map(|Found { issue, on }| built_in(issue, on)),
             )
             .collect())
@@ -107,9 +110,16 @@ impl KnownIssueService for Service {
         &self,
         request: Request<v1::ListKnownIssuesRequest>,
     ) -> Result<Response<v1::ListKnownIssuesResponse>, Status> {
+        let caller = access::of(&request)?;
         let message = request.into_inner();
-        workflow::named("vm_name", &message.vm_name)?;
-        let all = self.known(&message.vm_name).await.map_err(failed)?;
+        let vm = message.vm_name.as_str();
+        workflow::named("vm_name", vm)?;
+        if !vm.is_empty() {
+            access::over(&self.0, &caller, "ListKnownIssues", Role::Viewer, vm).await?;
+        }
+        let veil = Veil::of(&self.0, &caller).await?;
+        let known = self.known(vm, &veil).await;
+        let all = known.map_err(|fault| veil.status(&fault))?;
         let (issues, next_page_token) = paging::of_list(
             all,
             |issue: &v1::KnownIssue| &issue.id,
@@ -126,6 +136,7 @@ impl KnownIssueService for Service {
         &self,
         request: Request<v1::RecordFixRequest>,
     ) -> Result<Response<v1::RecordFixResponse>, Status> {
+        let caller = access::of(&request)?;
         let message = request.into_inner();
         let Some(reason) = Reason::ALL
             .iter()
@@ -164,6 +175,14 @@ impl KnownIssueService for Service {
             .learn(reason.as_str(), &message.subject, Some(&message.fix))
             .await
             .map_err(|error| failed(error.into()))?;
+        let note = format!("{reason} on '{}': {}", message.subject, message.fix);
+        let did = Did {
+            method: "RecordFix",
+            note: &note,
+            ..Did::default()
+        };
+        let audited = caller.auditor().did(caller.caller(), did, None);
+        audited.await.map_err(failed)?;
         Ok(Response::new(v1::RecordFixResponse {
             issue: Some(learned(&kept)),
         }))
@@ -173,6 +192,7 @@ impl KnownIssueService for Service {
         &self,
         request: Request<v1::ForgetFixRequest>,
     ) -> Result<Response<v1::ForgetFixResponse>, Status> {
+        let caller = access::of(&request)?;
         let id = request.into_inner().id;
         if issues::catalogue().iter().any(|issue| issue.id == id) {
             return Err(failed(Fault::bad_field(
@@ -187,6 +207,13 @@ impl KnownIssueService for Service {
             .await
             .map_err(|error| failed(error.into()))?;
         if gone {
+            let did = Did {
+                method: "ForgetFix",
+                note: &id,
+                ..Did::default()
+            };
+            let audited = caller.auditor().did(caller.caller(), did, None);
+            audited.await.map_err(failed)?;
             Ok(Response::new(v1::ForgetFixResponse {}))
         } else {
             Err(failed(

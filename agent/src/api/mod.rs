@@ -1,9 +1,11 @@
-//! The gRPC face: wire types in and out, who is calling, rich errors. Nothing
-//! is decided here.
+//! The gRPC face: wire types in and out, rich errors, and what is hidden from
+//! whom. Nothing is decided here but whether a caller may.
 //!
-//! Invariant: handlers translate and pass on; wire types stop in this folder.
+//! Invariants: handlers translate and pass on; wire types stop in this folder;
+//! whatever names a VM or a run is asked of the caller's access first.
 
-mod caller;
+mod access;
+mod audit;
 mod errors;
 mod inventory;
 mod known_issues;
@@ -11,6 +13,7 @@ mod paging;
 mod reply;
 mod server;
 pub mod spec;
+mod veil;
 mod workflow;
 
 pub use server::{Bound, Endpoints, Handed, group_id_of, open_socket};

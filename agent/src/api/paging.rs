@@ -46,12 +46,9 @@ impl Token {
         if text.is_empty() {
             return Ok(None);
         }
-        serde_json::from_str(text).map(Some).map_err(|_| {
-            errors::status(&Fault::new(
-                Reason::BadRequest,
-                "page_token: is not one that this agent gave out; begin again without it",
-            ))
-        })
+        serde_json::from_str(text)
+            .map(Some)
+            .map_err(|_| foreign_token())
     }
 
     /// How many of a group were given out already.
@@ -72,6 +69,14 @@ impl Token {
         // Text and a number: nothing that JSON could not hold.
         serde_json::to_string(self).unwrap_or_default()
     }
+}
+
+/// What is said of a token that is none of ours.
+pub fn foreign_token() -> Status {
+    errors::status(&Fault::new(
+        Reason::BadRequest,
+        "page_token: is not one that this agent gave out; begin again without it",
+    ))
 }
 
 /// A page that is being filled.

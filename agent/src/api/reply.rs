@@ -8,7 +8,7 @@ use vmsnap_proto::v1;
 use super::errors;
 use crate::{
     flow::Record,
-    journal::{RunRow, RunStatus, Stamped},
+    journal::{Caller, RunRow, RunStatus, Stamped},
     operate::health,
     planning::{
         Done, Facts, Outcome, Plan, Step, Warning,
@@ -630,6 +630,16 @@ pub fn status(status: RunStatus) -> v1::WorkflowState {
     }
 }
 
+/// Somebody who called.
+#[must_use]
+pub fn caller(caller: &Caller) -> v1::Caller {
+    v1::Caller {
+        identity: caller.identity.clone(),
+        transport: caller.transport.clone(),
+        address: caller.address.clone(),
+    }
+}
+
 /// A run.
 #[must_use]
 pub fn workflow(run: &RunRow, warnings: Vec<v1::Warning>) -> v1::Workflow {
@@ -640,11 +650,7 @@ pub fn workflow(run: &RunRow, warnings: Vec<v1::Warning>) -> v1::Workflow {
         state: status(run.status) as i32,
         started: Some(timestamp(run.started)),
         finished: run.finished.map(timestamp),
-        caller: Some(v1::Caller {
-            identity: run.caller.identity.clone(),
-            transport: run.caller.transport.clone(),
-            address: run.caller.address.clone(),
-        }),
+        caller: Some(caller(&run.caller)),
         plan_hash: run.plan_hash.clone(),
         result: run.outcome.as_ref().map(outcome),
         failure: run.fault.as_ref().map(errors::failure),

@@ -1,35 +1,48 @@
-//! Where callers reach the agent: a Unix socket, and plaintext TCP on loopback
-//! when the configuration asks for it.
+//! Where callers reach the agent: a Unix socket, TCP with mutual TLS, and plaintext
+//! TCP on loopback when the configuration asks for it.
 //!
 //! Invariants: a socket file that another agent still serves is never taken
-//! over; one that was left behind by a dead agent is.
+//! over; one that was left behind by a dead agent is; every call passes the gate.
 
 use std::{
-    future::Future,
     io,
     net::SocketAddr,
     os::unix::fs::{PermissionsExt as _, chown},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
+    runtime::Handle,
     sync::watch,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tonic::transport::Server;
 use vmsnap_proto::v1::{
-    inventory_service_server::InventoryServiceServer,
+    audit_service_server::AuditServiceServer, inventory_service_server::InventoryServiceServer,
     known_issue_service_server::KnownIssueServiceServer,
     workflow_service_server::WorkflowServiceServer,
 };
 
-use super::{inventory, known_issues, workflow};
-use crate::{config::Config, workflows::Workflows};
+use super::{audit, errors, inventory, known_issues, workflow};
+use crate::{
+    config::{Config, Limits},
+    trust::{Auditor, Door, Gate, Listener, Most, Places, Trust, host_groups},
+    workflows::Workflows,
+};
 
 /// The largest message that is taken, in bytes.
 const MESSAGE_MOST: usize = 256 * 1024;
+/// Streams of one connection, calls included. What one caller may have is
+/// bounded apart from this; here a connection's memory is.
+const STREAMS_MOST: u32 = 512;
+/// Bytes that one connection may send ahead of being read.
+const WINDOW: u32 = 512 * 1024;
+/// And one stream of it.
+const STREAM_WINDOW: u32 = 64 * 1024;
+/// Bytes of a call's headers.
+const HEADERS_MOST: u32 = 16 * 1024;
 /// HTTP/2 pings find out about peers that are gone without a word.
 const KEEPALIVE: Duration = Duration::from_secs(20);
 
@@ -39,6 +52,8 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 pub struct Endpoints {
     unix: Option<UnixListener>,
     tcp: Option<TcpListener>,
+    tls: Option<TcpListener>,
+    limits: Limits,
 }
 
 /// Sockets that the service manager opened, used in place of the configured ones.
@@ -57,6 +72,8 @@ pub struct Bound {
     pub socket: Option<String>,
     /// The TCP address, with the port that was given out.
     pub tcp: Option<SocketAddr>,
+    /// The address for mutual TLS, with the port that was given out.
+    pub tls: Option<SocketAddr>,
 }
 
 impl Endpoints {
@@ -81,21 +98,21 @@ impl Endpoints {
             let mode = config.socket_mode().unwrap_or(0o660);
             Some(open_socket(socket, group, mode).await.map_err(wrong)?)
         };
-        let tcp = match (handed.tcp, config.tcp()) {
-            (Some(handed), _) => Some(
+        let tcp = match handed.tcp {
+            Some(handed) => Some(
                 handed
                     .set_nonblocking(true)
                     .and_then(|()| TcpListener::from_std(handed))
                     .map_err(|error| format!("the TCP socket that was handed over: {error}"))?,
             ),
-            (None, None) => None,
-            (None, Some(address)) => Some(
-                TcpListener::bind(address)
-                    .await
-                    .map_err(|error| format!("listen.tcp '{address}': {error}"))?,
-            ),
+            None => bind("listen.tcp", config.tcp()).await?,
         };
-        Ok(Self { unix, tcp })
+        Ok(Self {
+            unix,
+            tcp,
+            tls: bind("listen.tls", config.tls()).await?,
+            limits: config.limits.clone(),
+        })
     }
 
     /// Where they are.
@@ -108,17 +125,21 @@ impl Endpoints {
                 .and_then(|unix| unix.local_addr().ok())
                 .and_then(|address| address.as_pathname().map(|path| path.display().to_string())),
             tcp: self.tcp.as_ref().and_then(|tcp| tcp.local_addr().ok()),
+            tls: self.tls.as_ref().and_then(|tls| tls.local_addr().ok()),
         }
     }
 
     /// Serves until `stop` says true (or its sender is gone), then lets open
-    /// streams end.
+    /// streams end. Who comes over the network is served by `network`.
     ///
     /// # Errors
     /// When a listener fails.
     pub async fn serve(
         self,
         workflows: Workflows,
+        trust: Arc<Trust>,
+        auditor: Auditor,
+        network: &Handle,
         stop: watch::Receiver<bool>,
     ) -> Result<(), tonic::transport::Error> {
         let stopped = || {
@@ -138,6 +159,9 @@ impl Endpoints {
         health
             .set_serving::<KnownIssueServiceServer<known_issues::Service>>()
             .await;
+        health
+            .set_serving::<AuditServiceServer<audit::Service>>()
+            .await;
         let watching = tokio::spawn(report_health(workflows.clone(), health));
         let descriptors = || {
             tonic_reflection::server::Builder::configure()
@@ -147,10 +171,41 @@ impl Endpoints {
         // Older tools know only the older form.
         let reflection = reflected(descriptors().build_v1());
         let older_reflection = reflected(descriptors().build_v1alpha());
+        let limits = &self.limits;
+        let places = |what, key, all: u32, peer: u32| {
+            let most = Most {
+                all: all as usize,
+                peer: peer as usize,
+            };
+            Places::new(what, key, most)
+        };
+        let gate = Gate::new(
+            trust.clone(),
+            auditor.clone(),
+            places(
+                "calls",
+                "limits.max_calls",
+                limits.max_calls,
+                limits.max_calls_per_peer,
+            ),
+            places(
+                "streams",
+                "limits.max_streams",
+                limits.max_streams,
+                limits.max_streams_per_peer,
+            ),
+            workflows.readers().clone(),
+            errors::status,
+        );
         let router = || {
             Server::builder()
                 .http2_keepalive_interval(Some(KEEPALIVE))
                 .http2_keepalive_timeout(Some(KEEPALIVE))
+                .max_concurrent_streams(STREAMS_MOST)
+                .initial_connection_window_size(WINDOW)
+                .initial_stream_window_size(STREAM_WINDOW)
+                .http2_max_header_list_size(HEADERS_MOST)
+                .layer(gate.layer())
                 .add_service(health_service.clone())
                 .add_optional_service(reflection.clone())
                 .add_optional_service(older_reflection.clone())
@@ -166,17 +221,55 @@ impl Endpoints {
                     KnownIssueServiceServer::new(known_issues::Service(workflows.clone()))
                         .max_decoding_message_size(MESSAGE_MOST),
                 )
+                .add_service(
+                    AuditServiceServer::new(audit::Service(workflows.clone()))
+                        .max_decoding_message_size(MESSAGE_MOST),
+                )
         };
-        let over_unix = self.unix.map(|unix| {
-            router().serve_with_incoming_shutdown(UnixListenerStream::new(unix), stopped())
-        });
-        let over_tcp = self.tcp.map(|tcp| {
-            router().serve_with_incoming_shutdown(TcpListenerStream::new(tcp), stopped())
-        });
-        let result = tokio::try_join!(optional(over_unix), optional(over_tcp));
+        let listeners = [
+            self.unix.map(Listener::Unix),
+            self.tcp.map(Listener::Plain),
+            self.tls.map(Listener::Tls),
+        ];
+        let door = Door::new(trust, auditor, self.limits.max_connections as usize);
+        let mut serving = tokio::task::JoinSet::new();
+        for listener in listeners.into_iter().flatten() {
+            let (door, router, stopped) = (door.clone(), router(), stopped());
+            // The network has threads of its own: what comes from there neither delays
+            // runs nor who is on the host.
+            let of = match listener {
+                Listener::Tls(_) => network.clone(),
+                Listener::Unix(_) | Listener::Plain(_) => Handle::current(),
+            };
+            let serve = async move {
+                let connections = door.open(listener);
+                router
+                    .serve_with_incoming_shutdown(connections, stopped)
+                    .await
+            };
+            serving.spawn_on(serve, &of);
+        }
+        let mut result = Ok(());
+        while let Some(ended) = serving.join_next().await {
+            // A task of ours neither panics nor is cancelled but with the agent.
+            result = result.and(ended.unwrap_or(Ok(())));
+            if result.is_err() {
+                break;
+            }
+        }
         watching.abort();
-        result.map(|_| ())
+        result
     }
+}
+
+async fn bind(key: &str, address: Option<SocketAddr>) -> Result<Option<TcpListener>, String> {
+    let Some(address) = address else {
+        return Ok(None);
+    };
+    let bound = TcpListener::bind(address).await;
+    bound
+        .map(Some)
+        .map_err(|error| format!("{key} '{address}': {error}"))
 }
 
 /// Reflection, or none when the built-in descriptors cannot be read.
@@ -186,15 +279,6 @@ fn reflected<S, E: std::fmt::Display>(built: Result<S, E>) -> Option<S> {
             |error| tracing::error!(%error, "reflection is off: its descriptors cannot be read"),
         )
         .ok()
-}
-
-async fn optional<F: Future<Output = Result<(), tonic::transport::Error>>>(
-    serving: Option<F>,
-) -> Result<(), tonic::transport::Error> {
-    match serving {
-        Some(serving) => serving.await,
-        None => Ok(()),
-    }
 }
 
 /// How often health is looked at when libvirt comes and goes not.
@@ -253,17 +337,10 @@ pub fn group_id_of(name: &str) -> io::Result<Option<u32>> {
     if let Ok(id) = name.parse() {
         return Ok(Some(id));
     }
-    std::fs::read_to_string("/etc/group")?
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(':');
-            (fields.next() == Some(name)).then(|| fields.nth(1)?.parse().ok())?
-        })
-        .map(Some)
-        .ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::NotFound,
-                format!("the host has no group '{name}'"),
-            )
-        })
+    host_groups().get(name).copied().map(Some).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("the host has no group '{name}'"),
+        )
+    })
 }

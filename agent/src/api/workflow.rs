@@ -1,16 +1,17 @@
 //! `WorkflowService`.
 
-use std::{pin::Pin, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, workflow_service_server::WorkflowService};
 
-use super::{caller, errors, paging, reply, spec};
+use super::{access, errors, paging, reply, spec, veil::Veil};
 use crate::{
     flow::Record,
     journal::{RunFilter, RunStatus},
     planning::{Fault, names, request::Action},
+    trust::{Deed, Did, Role},
     workflows::{Event, Submission, Workflows},
 };
 
@@ -58,8 +59,13 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::PlanWorkflowRequest>,
     ) -> Result<Response<v1::PlanWorkflowResponse>, Status> {
+        let caller = access::of(&request)?;
         let asked = spec::request(request.into_inner().spec).map_err(failed)?;
-        let (plan, facts) = self.0.plan(&asked).await.map_err(failed)?;
+        access::over(&self.0, &caller, "PlanWorkflow", Role::Viewer, &asked.vm).await?;
+        let veil = Veil::of(&self.0, &caller).await?;
+        let planned = self.0.plan(&asked).await;
+        let (plan, facts) = planned.map_err(|fault| veil.status(&fault))?;
+        let (plan, facts) = (veil.plan(plan)?, veil.facts(facts));
         Ok(Response::new(v1::PlanWorkflowResponse {
             plan: Some(reply::plan(&plan, Some(&facts))),
         }))
@@ -71,7 +77,7 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::RunWorkflowRequest>,
     ) -> Result<Response<Self::RunWorkflowStream>, Status> {
-        let by = caller::of(request.extensions());
+        let caller = access::of(&request)?;
         let message = request.into_inner();
         bounded("request_id", &message.request_id, ID_MOST)?;
         bounded("plan_hash", &message.plan_hash, ID_MOST)?;
@@ -81,13 +87,18 @@ impl WorkflowService for Service {
             .transpose()
             .map_err(|problem| failed(Fault::bad_field("timeout", problem)))?;
         let asked = spec::request(message.spec).map_err(failed)?;
+        let deed = Deed::of(&asked);
+        access::deed(&self.0, &caller, "RunWorkflow", deed, &asked.vm).await?;
+        let veil = Veil::of(&self.0, &caller).await?;
         let how = Submission {
             request_id: message.request_id,
             join_finished: message.join_finished,
             plan_hash: message.plan_hash,
             timeout,
+            sight: caller.sight(),
         };
-        let id = self.0.submit(asked, how, by).await.map_err(failed)?;
+        let submitted = self.0.submit(asked, how, caller.caller().clone()).await;
+        let id = submitted.map_err(|fault| veil.status(&fault))?;
         let events = self.0.watch(&id, 1).await.map_err(failed)?;
         let mut titles = reply::Titles::default();
         let mut ended: Option<Status> = None;
@@ -97,6 +108,13 @@ impl WorkflowService for Service {
             let (send, receive) = tokio::sync::mpsc::channel(16);
             tokio::spawn(async move {
                 while let Some(event) = events.next().await {
+                    let event = match veil.event(event) {
+                        Ok(event) => event,
+                        Err(status) => {
+                            let _ = send.send(Err(status)).await;
+                            return;
+                        }
+                    };
                     if let Event::Record(record) = &event
                         && let Record::Closed {
                             fault: Some(fault), ..
@@ -126,8 +144,11 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::WatchWorkflowRequest>,
     ) -> Result<Response<Self::WatchWorkflowStream>, Status> {
+        let caller = access::of(&request)?;
         let message = request.into_inner();
         let id = message.workflow_id;
+        access::run(&self.0, &caller, "WatchWorkflow", Role::Viewer, &id).await?;
+        let veil = Veil::of(&self.0, &caller).await?;
         let events = self
             .0
             .watch(&id, message.from_sequence)
@@ -147,6 +168,7 @@ impl WorkflowService for Service {
             }
         }
         let stream = events.map(move |event| {
+            let event = veil.event(event)?;
             reply::event(&id, &event, &mut titles)
                 .map(|event| v1::WatchWorkflowResponse { event: Some(event) })
         });
@@ -157,9 +179,26 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::CancelWorkflowRequest>,
     ) -> Result<Response<v1::CancelWorkflowResponse>, Status> {
-        let by = caller::of(request.extensions());
+        const METHOD: &str = "CancelWorkflow";
+        let caller = access::of(&request)?;
         let id = request.into_inner().workflow_id;
-        self.0.cancel(&id, &by).await.map_err(failed)?;
+        let run = access::run(&self.0, &caller, METHOD, Role::Operator, &id).await?;
+        let by = caller.caller();
+        let own = run.caller.identity == by.identity && run.caller.transport == by.transport;
+        if !own {
+            access::run(&self.0, &caller, METHOD, Role::Admin, &id).await?;
+        }
+        let veil = Veil::of(&self.0, &caller).await?;
+        let cancelled = self.0.cancel(&id, by).await;
+        let did = Did {
+            method: METHOD,
+            vm: &run.request.vm,
+            workflow: &id,
+            note: "",
+        };
+        let audited = caller.auditor().did(by, did, cancelled.as_ref().err());
+        audited.await.map_err(failed)?;
+        cancelled.map_err(failed)?;
         // The present step ends by itself or stops where it can; the answer
         // waits for that, but not for ever.
         let mut events = self.0.watch(&id, 1).await.map_err(failed)?;
@@ -178,6 +217,7 @@ impl WorkflowService for Service {
             }
             (true, _) => "",
         };
+        let run = veil.run(run)?;
         Ok(Response::new(v1::CancelWorkflowResponse {
             workflow: Some(reply::workflow(&run, Vec::new())),
             note: note.to_owned(),
@@ -188,7 +228,7 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::ConfirmWorkflowRequest>,
     ) -> Result<Response<v1::ConfirmWorkflowResponse>, Status> {
-        let by = caller::of(request.extensions());
+        let caller = access::of(&request)?;
         let message = request.into_inner();
         let asked = crate::planning::Request {
             vm: message.vm_name,
@@ -198,12 +238,24 @@ impl WorkflowService for Service {
             start_if_stopped: false,
             pool: crate::planning::request::DEFAULT_POOL.to_owned(),
         };
-        let run = self
-            .0
-            .submit(asked, Submission::default(), by)
-            .await
-            .map_err(failed)?;
-        self.0.ended(&run).await.map_err(failed)?;
+        asked.check().map_err(failed)?;
+        access::over(
+            &self.0,
+            &caller,
+            "ConfirmWorkflow",
+            Deed::of(&asked).needs(),
+            &asked.vm,
+        )
+        .await?;
+        let veil = Veil::of(&self.0, &caller).await?;
+        let how = Submission {
+            sight: caller.sight(),
+            ..Submission::default()
+        };
+        let submitted = self.0.submit(asked, how, caller.caller().clone()).await;
+        let run = submitted.map_err(|fault| veil.status(&fault))?;
+        let ended = self.0.ended(&run).await;
+        ended.map_err(|fault| veil.status(&fault))?;
         let changed = self
             .0
             .run(&run)
@@ -236,6 +288,8 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::ListGuardsRequest>,
     ) -> Result<Response<v1::ListGuardsResponse>, Status> {
+        let caller = access::of(&request)?;
+        let sight = caller.sight();
         let vm = request.into_inner().vm_name;
         named("vm_name", &vm)?;
         let open = self
@@ -247,6 +301,7 @@ impl WorkflowService for Service {
         Ok(Response::new(v1::ListGuardsResponse {
             guards: open
                 .iter()
+                .filter(|guard| sight.sees(&guard.vm))
                 .filter(|guard| vm.is_empty() || guard.vm == vm)
                 .map(reply::guard)
                 .collect(),
@@ -257,7 +312,8 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::ResolveWorkflowRequest>,
     ) -> Result<Response<v1::ResolveWorkflowResponse>, Status> {
-        let by = caller::of(request.extensions());
+        const METHOD: &str = "ResolveWorkflow";
+        let caller = access::of(&request)?;
         let message = request.into_inner();
         bounded("note", &message.note, NOTE_MOST)?;
         if message.note.trim().is_empty() {
@@ -266,11 +322,21 @@ impl WorkflowService for Service {
                 "is empty; say what was done about the run",
             )));
         }
-        self.0
-            .resolve(&message.workflow_id, &message.note, &by)
-            .await
-            .map_err(failed)?;
-        let run = self.0.run(&message.workflow_id).await.map_err(failed)?;
+        let id = &message.workflow_id;
+        let run = access::run(&self.0, &caller, METHOD, Role::Admin, id).await?;
+        let veil = Veil::of(&self.0, &caller).await?;
+        let by = caller.caller();
+        let resolved = self.0.resolve(id, &message.note, by).await;
+        let did = Did {
+            method: METHOD,
+            vm: &run.request.vm,
+            workflow: id,
+            note: &message.note,
+        };
+        let audited = caller.auditor().did(by, did, resolved.as_ref().err());
+        audited.await.map_err(failed)?;
+        resolved.map_err(failed)?;
+        let run = veil.run(self.0.run(id).await.map_err(failed)?)?;
         Ok(Response::new(v1::ResolveWorkflowResponse {
             workflow: Some(reply::workflow(&run, Vec::new())),
         }))
@@ -280,16 +346,28 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::GetWorkflowRequest>,
     ) -> Result<Response<v1::GetWorkflowResponse>, Status> {
+        let caller = access::of(&request)?;
         let id = request.into_inner().workflow_id;
-        let run = self.0.run(&id).await.map_err(failed)?;
+        let run = access::run(&self.0, &caller, "GetWorkflow", Role::Viewer, &id).await?;
+        let veil = Veil::of(&self.0, &caller).await?;
+        let run = veil.run(run)?;
         let records = self
             .0
             .journal()
             .records(&id, 1)
             .await
-            .map_err(|error| failed(error.into()))?;
+            .map_err(|error| failed(error.into()))?
+            .into_iter()
+            .map(
+                |record| match veil.event(Event::Record(Arc::new(record)))? {
+                    Event::Record(record) => Ok(Some(record)),
+                    _ => Ok(None),
+                },
+            )
+            .collect::<Result<Vec<_>, Status>>()?;
         let warnings = records
             .iter()
+            .flatten()
             .flat_map(|record| match &record.record {
                 Record::Planned { plan } => plan.warnings.iter().map(reply::warning).collect(),
                 Record::Notice { notice } => vec![reply::warning(notice)],
@@ -305,7 +383,10 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::ListWorkflowsRequest>,
     ) -> Result<Response<v1::ListWorkflowsResponse>, Status> {
+        let caller = access::of(&request)?;
+        let (sight, veil) = (caller.sight(), Veil::of(&self.0, &caller).await?);
         let message = request.into_inner();
+        named("vm_name", &message.vm_name)?;
         let limit = page(message.page_size, PAGE, PAGE_MOST);
         let statuses: Vec<RunStatus> = RunStatus::ALL
             .into_iter()
@@ -332,21 +413,27 @@ impl WorkflowService for Service {
             .collect();
         let after = paging::Token::read(&message.page_token)?.map(|token| token.group);
         bounded("page_token", after.as_deref().unwrap_or_default(), ID_MOST)?;
-        let rows = self
-            .0
-            .runs(RunFilter {
-                vm: (!message.vm_name.is_empty()).then_some(message.vm_name),
-                statuses,
-                actions,
-                after,
-                limit: limit + 1,
-            })
-            .await
-            .map_err(failed)?;
+        let mut filter = RunFilter {
+            vm: (!message.vm_name.is_empty()).then_some(message.vm_name),
+            statuses,
+            actions,
+            after,
+            limit: limit + 1,
+        };
         let mut page = paging::Page::new(limit as usize);
-        for run in &rows {
-            let token = paging::Token::new(&run.id, "", 0);
-            page.add(token, reply::workflow(run, Vec::new()));
+        // What is hidden is passed over, and the page filled from behind it.
+        loop {
+            let rows = self.0.runs(filter.clone()).await.map_err(failed)?;
+            let last = rows.last().map(|run| run.id.clone());
+            let more = rows.len() > limit as usize;
+            for run in rows.into_iter().filter(|run| sight.sees(&run.request.vm)) {
+                let token = paging::Token::new(&run.id, "", 0);
+                page.add(token, reply::workflow(&veil.run(run)?, Vec::new()));
+            }
+            if page.is_full() || !more {
+                break;
+            }
+            filter.after = last;
         }
         let (workflows, next_page_token) = page.end();
         Ok(Response::new(v1::ListWorkflowsResponse {

@@ -1,6 +1,6 @@
 //! The journal: runs, their records, what was recorded of snapshots, merges
-//! that are not finished, files that this agent made, and learned fixes. SQLite, on
-//! a thread of its own.
+//! that are not finished, files that this agent made, learned fixes, and the audit
+//! trail. SQLite, on a thread of its own.
 //!
 //! Invariants
 //! - [`Journal::append`] returns only when the record is on disk (WAL with
@@ -16,6 +16,7 @@
 //! - Whether writing works is known at all times: the last failure stands until
 //!   something was written.
 
+mod audit;
 mod schema;
 mod store;
 
@@ -30,13 +31,14 @@ use std::{
 use jiff::Timestamp;
 use rusqlite::Connection;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 
 use crate::{
     flow::Record,
     planning::{Fault, Outcome, Request, facts::SnapshotRecord, guard::Guard, issues::Learned},
 };
 
+pub use audit::{AuditFilter, AuditResult, AuditRow};
 pub use store::RunFilter;
 
 /// Who asked for a run.
@@ -44,10 +46,19 @@ pub use store::RunFilter;
 pub struct Caller {
     /// `uid:1000`, a certificate's name, `loopback`, or `agent` for itself.
     pub identity: String,
-    /// `unix`, `tcp` or `self`.
+    /// `unix`, `tcp`, `tls` or `self`.
     pub transport: String,
     /// Address, where there is one.
     pub address: String,
+}
+
+impl Caller {
+    /// What tells callers apart for limits: the same name by another door is another
+    /// caller.
+    #[must_use]
+    pub fn key(&self) -> String {
+        format!("{} {}", self.transport, self.identity)
+    }
 }
 
 /// Status of a run, as listed.
@@ -287,6 +298,8 @@ pub struct Journal {
     /// Told when a guard was kept.
     guards: Arc<Notify>,
     condition: Arc<Mutex<Condition>>,
+    /// Told when the audit trail may have grown.
+    audits: Arc<watch::Sender<()>>,
 }
 
 impl Journal {
@@ -317,6 +330,7 @@ impl Journal {
                 failing: None,
                 written: Instant::now(),
             })),
+            audits: Arc::new(watch::Sender::new(())),
         })
     }
 
@@ -451,7 +465,9 @@ impl Journal {
             }
             store::begin(db, &run)
         })
-        .await
+        .await?;
+        self.audits.send_replace(());
+        Ok(())
     }
 
     /// Whether a run could go on writing: there is room, and what is written gets
@@ -474,7 +490,12 @@ impl Journal {
     /// When it is not on disk.
     pub async fn append(&self, run: &str, record: Record) -> Result<Stamped, JournalError> {
         let run = run.to_owned();
-        self.write(move |db| store::append(db, &run, record)).await
+        let closes = matches!(record, Record::Closed { .. });
+        let stamped = self.write(move |db| store::append(db, &run, record)).await?;
+        if closes {
+            self.audits.send_replace(());
+        }
+        Ok(stamped)
     }
 
     /// Reads one run.
@@ -486,11 +507,11 @@ impl Journal {
         self.call(move |db| store::run(db, &id)).await
     }
 
-    /// The newest run of a request id.
+    /// The runs of a request id, newest first.
     ///
     /// # Errors
     /// When the journal cannot be read.
-    pub async fn by_request_id(&self, id: &str) -> Result<Option<RunRow>, JournalError> {
+    pub async fn by_request_id(&self, id: &str) -> Result<Vec<RunRow>, JournalError> {
         let id = id.to_owned();
         self.call(move |db| store::by_request_id(db, &id)).await
     }
@@ -716,6 +737,39 @@ impl Journal {
     pub async fn forget_learned(&self, id: &str) -> Result<bool, JournalError> {
         let id = id.to_owned();
         self.call(move |db| store::forget_learned(db, &id)).await
+    }
+
+    /// Adds entries to the audit trail.
+    ///
+    /// # Errors
+    /// When they are not on disk.
+    pub async fn audit(&self, rows: Vec<AuditRow>) -> Result<(), JournalError> {
+        self.write(move |db| audit::add(db, &rows)).await?;
+        self.audits.send_replace(());
+        Ok(())
+    }
+
+    /// Reads entries of the audit trail.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn audited(&self, filter: AuditFilter) -> Result<Vec<AuditRow>, JournalError> {
+        self.call(move |db| audit::read(db, &filter)).await
+    }
+
+    /// Tells whenever the audit trail may have grown.
+    #[must_use]
+    pub fn audit_grows(&self) -> watch::Receiver<()> {
+        self.audits.subscribe()
+    }
+
+    /// Removes entries of the audit trail of before a time, and all but the newest
+    /// `keep`.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn prune_audit(&self, before: Timestamp, keep: u32) -> Result<u64, JournalError> {
+        self.write(move |db| audit::prune(db, before, keep)).await
     }
 
     /// Removes runs that are not to stay, the oldest first, and gives their room

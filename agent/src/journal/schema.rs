@@ -93,6 +93,27 @@ pub const MIGRATIONS: &[&str] = &[
 ",
     "
     CREATE INDEX runs_stuck ON runs (id) WHERE status = 'stuck';
+ ",
+    "
+    CREATE TABLE audit (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        time INTEGER NOT NULL,
+        caller TEXT NOT NULL,
+        identity TEXT NOT NULL,
+        method TEXT NOT NULL,
+        action TEXT NOT NULL,
+        vm TEXT NOT NULL,
+        snapshot TEXT NOT NULL,
+        workflow TEXT NOT NULL,
+        plan_hash TEXT NOT NULL,
+        result TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        note TEXT NOT NULL,
+        times INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX audit_by_vm ON audit (vm, sequence);
+    CREATE INDEX audit_by_identity ON audit (identity, sequence);
+    CREATE INDEX audit_by_time ON audit (time);
 ",
 ];
 

@@ -9,7 +9,7 @@ use vmsnap_engine::Closing;
 
 use super::{
     BegunMerge, JournalError, Learned, NotedFile, Pruned, Retention, RunRow, RunStatus, Stamped,
-    schema,
+    audit, schema,
 };
 use crate::{
     flow::Record,
@@ -72,21 +72,22 @@ pub struct RunFilter {
     pub limit: u32,
 }
 
-fn to_json<T: Serialize>(row: &str, value: &T) -> Result<String> {
+pub fn to_json<T: Serialize>(row: &str, value: &T) -> Result<String> {
     serde_json::to_string(value).map_err(|error| Error::Value(row.to_owned(), error.to_string()))
 }
 
-fn from_json<T: DeserializeOwned>(row: &str, text: &str) -> Result<T> {
+pub fn from_json<T: DeserializeOwned>(row: &str, text: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::Value(row.to_owned(), error.to_string()))
 }
 
-fn time(row: &str, millis: i64) -> Result<Timestamp> {
+pub fn time(row: &str, millis: i64) -> Result<Timestamp> {
     Timestamp::from_millisecond(millis)
         .map_err(|error| Error::Value(row.to_owned(), error.to_string()))
 }
 
 pub fn begin(db: &mut Connection, run: &RunRow) -> Result<()> {
-    db.execute(
+    let transaction = db.transaction()?;
+    transaction.execute(
         "INSERT INTO runs (id, request_id, vm, action, request, caller, status, started, \
          plan_hash, last_sequence) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 0)",
         params![
@@ -101,6 +102,8 @@ pub fn begin(db: &mut Connection, run: &RunRow) -> Result<()> {
             run.plan_hash,
         ],
     )?;
+    audit::began(&transaction, run)?;
+    transaction.commit()?;
     Ok(())
 }
 
@@ -142,6 +145,9 @@ pub fn append(db: &mut Connection, run: &str, record: Record) -> Result<Stamped>
                 "UPDATE runs SET finished = ?2, outcome = ?3, fault = ?4 WHERE id = ?1",
                 params![run, now.as_millisecond(), outcome, fault],
             )?;
+            let row = one(&transaction, run)?
+                .ok_or_else(|| Error::Value(run.to_owned(), "the run is gone".into()))?;
+            audit::ended(&transaction, &row, *closing, row.fault.as_ref())?;
             Some(match closing {
                 Closing::Succeeded => RunStatus::Succeeded,
                 Closing::Refused => RunStatus::Refused,
@@ -228,6 +234,10 @@ impl RawRun {
 }
 
 pub fn run(db: &mut Connection, id: &str) -> Result<Option<RunRow>> {
+    one(db, id)
+}
+
+fn one(db: &Connection, id: &str) -> Result<Option<RunRow>> {
     db.query_row(
         &format!("SELECT {COLUMNS} FROM runs WHERE id = ?1"),
         [id],
@@ -238,17 +248,15 @@ pub fn run(db: &mut Connection, id: &str) -> Result<Option<RunRow>> {
     .transpose()
 }
 
-pub fn by_request_id(db: &mut Connection, id: &str) -> Result<Option<RunRow>> {
-    db.query_row(
-        &format!(
-            "SELECT {COLUMNS} FROM runs WHERE request_id = ?1 ORDER BY started DESC, id DESC LIMIT 1"
-        ),
-        [id],
-        RawRun::read,
-    )
-    .optional()?
-    .map(RawRun::understand)
-    .transpose()
+/// The newest runs of a request id, newest first: callers who do not see each
+/// other's VMs may have chosen the same one.
+pub fn by_request_id(db: &mut Connection, id: &str) -> Result<Vec<RunRow>> {
+    let mut statement = db.prepare(&format!(
+        "SELECT {COLUMNS} FROM runs WHERE request_id = ?1 ORDER BY started DESC, id DESC LIMIT 100"
+    ))?;
+    let rows = statement.query_map([id], RawRun::read)?;
+    rows.map(|row| row.map_err(Error::from).and_then(RawRun::understand))
+        .collect()
 }
 
 pub fn runs(db: &mut Connection, filter: &RunFilter) -> Result<Vec<RunRow>> {

@@ -502,3 +502,111 @@ async fn stuck_runs_are_found_by_their_index_and_counted() {
     assert!(plan.contains("runs_stuck"), "{plan}");
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[tokio::test]
+async fn a_journal_of_before_the_audit_trail_keeps_its_runs_and_gets_one() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let db = Connection::open(&path).unwrap();
+    for migration in &schema::MIGRATIONS[..3] {
+        db.execute_batch(migration).unwrap();
+    }
+    db.pragma_update(None, "user_version", 3).unwrap();
+    let old = row("1");
+    db.execute(
+        "INSERT INTO runs (id, request_id, vm, action, request, caller, status, started, \
+         plan_hash, last_sequence) VALUES ('1', 'r', 'web1', 'list', ?1, ?2, 'running', 5, '', 0)",
+        [
+            serde_json::to_string(&old.request).unwrap(),
+            serde_json::to_string(&old.caller).unwrap(),
+        ],
+    )
+    .unwrap();
+    drop(db);
+    let journal = Journal::open(&path).unwrap();
+    assert_eq!(journal.run("1").await.unwrap().unwrap().request_id, "r");
+    let all = AuditFilter {
+        limit: 10,
+        ..AuditFilter::default()
+    };
+    assert_eq!(journal.audited(all.clone()).await.unwrap(), []);
+    let denied = AuditRow {
+        vm: "web1".into(),
+        ..AuditRow::now(AuditResult::Denied)
+    };
+    journal.audit(vec![denied]).await.unwrap();
+    assert_eq!(journal.audited(all).await.unwrap()[0].sequence, 1);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_run_that_changes_writes_its_beginning_and_its_end_into_the_trail_and_a_list_does_not() {
+    let folder = folder();
+    let journal = Journal::open(&folder.join("journal.db")).unwrap();
+    journal.begin(row("1")).await.unwrap();
+    journal.append("1", closed()).await.unwrap();
+    let mut grows = journal.audit_grows();
+    grows.mark_unchanged();
+    let mut changing = row("2");
+    changing.request.action = Action::Confirm { name: "s".into() };
+    changing.plan_hash = "abc".into();
+    journal.begin(changing).await.unwrap();
+    assert!(grows.has_changed().unwrap());
+    journal.append("2", closed()).await.unwrap();
+    let filter = AuditFilter {
+        limit: 10,
+        behind: Some(0),
+        vm: Some("web1".into()),
+        identity: Some("uid:0".into()),
+        ..AuditFilter::default()
+    };
+    let rows = journal.audited(filter.clone()).await.unwrap();
+    let told: Vec<_> = rows
+        .iter()
+        .map(|row| (row.workflow.as_str(), row.snapshot.as_str(), row.result))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("2", "s", AuditResult::Accepted),
+            ("2", "s", AuditResult::Done)
+        ]
+    );
+    assert_eq!(rows[1].plan_hash, "abc");
+    for (other, count) in [
+        (
+            AuditFilter {
+                vm: Some("x".into()),
+                ..filter.clone()
+            },
+            0,
+        ),
+        (
+            AuditFilter {
+                results: vec![AuditResult::Done],
+                ..filter.clone()
+            },
+            1,
+        ),
+        (
+            AuditFilter {
+                since: Some(Timestamp::MAX),
+                ..filter.clone()
+            },
+            0,
+        ),
+        (
+            AuditFilter {
+                behind: Some(rows[0].sequence),
+                ..filter.clone()
+            },
+            1,
+        ),
+    ] {
+        assert_eq!(journal.audited(other).await.unwrap().len(), count);
+    }
+    assert_eq!(journal.prune_audit(Timestamp::MIN, 1).await.unwrap(), 1);
+    let left = journal.audited(filter).await.unwrap();
+    assert_eq!(left[0].sequence, rows[1].sequence);
+    std::fs::remove_dir_all(folder).unwrap();
+}

@@ -340,21 +340,9 @@ impl Observer {
     }
 
     async fn no_such_vm(&self, name: &str) -> Fault {
-        let names: Vec<String> = match self.vms().await {
-            Ok(all) => all.into_iter().map(|vm| vm.name).collect(),
-            Err(fault) => return fault,
-        };
-        let mut message = format!("there is no VM '{}' on this host", name.escape_debug());
-        let nearest = names::nearest(name, names.iter().map(String::as_str));
-        if let Some(nearest) = nearest {
-            message.push_str(&format!("; did you mean '{nearest}'?"));
-        } else if names.is_empty() {
-            message.push_str("; it has none at all");
-        }
-        let fault = Fault::new(Reason::VmNotFound, message).with("vm", name);
-        match nearest {
-            Some(nearest) => fault.with("nearest", nearest),
-            None => fault,
+        match self.vms().await {
+            Ok(all) => no_such_vm(name, all.iter().map(|vm| vm.name.as_str())),
+            Err(fault) => fault,
         }
     }
 
@@ -570,6 +558,23 @@ fn files_of(snapshot: &Snapshot) -> impl Iterator<Item = &str> {
         .chain(memory)
         .chain(record.and_then(|record| record.nvram_copy.as_ref()))
         .map(String::as_str)
+}
+
+/// What is said of a VM that is not there, on a host that has these.
+#[must_use]
+pub fn no_such_vm<'a>(name: &str, there: impl Iterator<Item = &'a str> + Clone) -> Fault {
+    let mut message = format!("there is no VM '{}' on this host", name.escape_debug());
+    let nearest = names::nearest(name, there.clone());
+    if let Some(nearest) = nearest {
+        message.push_str(&format!("; did you mean '{nearest}'?"));
+    } else if there.clone().next().is_none() {
+        message.push_str("; it has none at all");
+    }
+    let fault = Fault::new(Reason::VmNotFound, message).with("vm", name);
+    match nearest {
+        Some(nearest) => fault.with("nearest", nearest),
+        None => fault,
+    }
 }
 
 /// Paths whose users a plan may ask for.

@@ -14,7 +14,7 @@ use vmsnap_hypervisor::failpoint;
 
 use crate::{
     flow::{Record, Snapshots},
-    journal::{Journal, Stamped},
+    journal::{Caller, Journal, Stamped},
     operate::metrics,
     planning::{Fault, Reason, Request, issues},
 };
@@ -42,7 +42,7 @@ pub struct Live {
     /// What was asked.
     pub request: Request,
     /// Who asked, for those who are told who is in the way.
-    pub caller: String,
+    pub caller: Caller,
     /// When it began.
     pub started: Timestamp,
     /// Hash of the plan that its first caller demanded; empty for any.
@@ -67,7 +67,7 @@ impl Live {
         id: String,
         request_id: String,
         request: Request,
-        caller: String,
+        caller: Caller,
         records: Vec<Stamped>,
     ) -> Arc<Self> {
         let last = records.last().map_or(0, |record| record.sequence);
@@ -169,7 +169,7 @@ impl Live {
             run = %self.id,
             vm = %self.request.vm,
             action = self.request.action.name(),
-            caller = %self.caller,
+            caller = %self.caller.identity.escape_debug(),
         )
     }
 

@@ -27,7 +27,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tokio::sync::{Notify, OwnedMutexGuard, Semaphore};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, OwnedMutexGuard, Semaphore},
+};
 use tracing::Instrument as _;
 use vmsnap_engine::{Closing, Log as _, Run};
 use vmsnap_hypervisor::Hypervisor;
@@ -38,6 +41,7 @@ use crate::{
     journal::{Caller, Journal, JournalError, Retention, RunFilter, RunRow, RunStatus},
     observe::Observer,
     planning::{self, Fault, Plan, Reason, Request},
+    trust::{Sight, Turns},
 };
 
 pub use live::{Live, LiveLog, Progress};
@@ -54,6 +58,9 @@ pub struct Submission {
     pub plan_hash: String,
     /// Stop it when it takes longer.
     pub timeout: Option<Duration>,
+    /// Which VMs the caller sees: for him the runs of others are not there, and
+    /// neither are their request ids.
+    pub sight: Sight,
 }
 
 /// The turn on one VM.
@@ -78,6 +85,9 @@ struct Inner {
     /// Stuck runs whose guests may be frozen.
     maybe_frozen: Mutex<BTreeSet<String>>,
     kept: Mutex<standing::Kept>,
+    readers: Turns,
+    /// Runs its runs, whoever asked for them.
+    runtime: Handle,
 }
 
 /// A cheap handle to all runs.
@@ -113,7 +123,7 @@ const PRUNE: Duration = Duration::from_secs(3600);
 const PRUNE_AFTER: Duration = Duration::from_secs(1);
 
 impl Workflows {
-    /// Nothing goes on yet.
+    /// Nothing goes on yet. Has to be called inside the runtime that runs belong to.
     #[must_use]
     pub fn new(hypervisor: Hypervisor, journal: Journal, config: Config) -> Self {
         let observer = Observer::new(hypervisor.clone(), journal.clone(), &config);
@@ -130,6 +140,8 @@ impl Workflows {
             ended: Notify::new(),
             maybe_frozen: Mutex::default(),
             kept: Mutex::default(),
+            readers: Turns::default(),
+            runtime: Handle::current(),
         }))
     }
 
@@ -143,6 +155,12 @@ impl Workflows {
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.0.config
+    }
+
+    /// Whose turn it is to read.
+    #[must_use]
+    pub fn readers(&self) -> &Turns {
+        &self.0.readers
     }
 
     /// The journal.
@@ -193,13 +211,19 @@ impl Workflows {
         caller: Caller,
     ) -> Result<String, Fault> {
         request.check()?;
-        let joined = going_on(&lock(&self.0.live), &request, &how.request_id)?;
+        let joined = going_on(&lock(&self.0.live), &request, &how)?;
         if let Some(id) = joined {
             return self.of_plan(id, &how.plan_hash).await;
         }
         if how.join_finished
             && !how.request_id.is_empty()
-            && let Some(run) = self.0.journal.by_request_id(&how.request_id).await?
+            && let Some(run) = self
+                .0
+                .journal
+                .by_request_id(&how.request_id)
+                .await?
+                .into_iter()
+                .find(|run| how.sight.sees(&run.request.vm))
         {
             let id = same(&how.request_id, &request, &run.id, &run.request)?;
             return self.of_plan(id, &how.plan_hash).await;
@@ -210,6 +234,7 @@ impl Workflows {
                 "the agent is stopping and takes no new runs; try again when it is back",
             ));
         }
+        self.not_too_many_of(&caller)?;
         let Ok(place) = self.0.places.clone().try_acquire_owned() else {
             return Err(Fault::new(
                 Reason::LimitReached,
@@ -217,7 +242,9 @@ impl Workflows {
                     "{} runs are open, which is the limit; try again when some are over",
                     self.0.config.limits.max_runs
                 ),
-            ));
+            )
+            .with("limit", "limits.max_runs")
+            .with("most", self.0.config.limits.max_runs));
         };
         let id = uuid::Uuid::now_v7().to_string();
         let request_id = if how.request_id.is_empty() {
@@ -229,14 +256,14 @@ impl Workflows {
             id.clone(),
             request_id.clone(),
             request.clone(),
-            caller.identity.clone(),
+            caller.clone(),
             Vec::new(),
         );
         let _ = live.demanded.set(how.plan_hash.clone());
         // Looked up and made known in one, so that two at once cannot both begin.
         {
             let mut all = lock(&self.0.live);
-            if let Some(other) = going_on(&all, &request, &how.request_id)? {
+            if let Some(other) = going_on(&all, &request, &how)? {
                 return Ok(other);
             }
             all.insert(id.clone(), live.clone());
@@ -271,8 +298,32 @@ impl Workflows {
             let _place = place;
             workflows.drive(live, how).await;
         };
-        tokio::spawn(driving.instrument(span));
+        self.0.runtime.spawn(driving.instrument(span));
         Ok(id)
+    }
+
+    /// Refuses a caller who has as many runs open as one caller may. What the agent
+    /// does by itself is not counted.
+    fn not_too_many_of(&self, caller: &Caller) -> Result<(), Fault> {
+        if caller.transport == "self" {
+            return Ok(());
+        }
+        let most = self.0.config.limits.max_runs_per_peer as usize;
+        let live = lock(&self.0.live);
+        let own = live.values().filter(|run| run.caller.key() == caller.key());
+        if own.count() < most {
+            return Ok(());
+        }
+        let key = "limits.max_runs_per_peer";
+        Err(Fault::new(
+            Reason::LimitReached,
+            format!(
+                "{most} runs of this caller are open, and {key} is {most}; try again when some \
+                 are over"
+            ),
+        )
+        .with("limit", key)
+        .with("most", most))
     }
 
     /// The run `id`, if its plan is the one that is demanded, or will be because
@@ -438,7 +489,12 @@ impl Workflows {
         turn: &mut Option<HeldTurn>,
     ) -> Result<Closing, vmsnap_engine::LogError> {
         let request = &live.request;
-        if !request.action.reads_only() || request.start_if_stopped {
+        let reads = request.action.reads_only() && !request.start_if_stopped;
+        let _reading = match reads {
+            true => Some(self.0.readers.take(&live.caller.key()).await),
+            false => None,
+        };
+        if !reads {
             match self.turn(live, log).await? {
                 Ok(taken) => *turn = Some(taken),
                 Err(fault) => return refuse(log, fault).await,
@@ -571,13 +627,8 @@ impl Workflows {
     /// # Errors
     /// When there is no such run.
     pub async fn run(&self, id: &str) -> Result<RunRow, Fault> {
-        self.0.journal.run(id).await?.ok_or_else(|| {
-            Fault::new(
-                Reason::WorkflowNotFound,
-                format!("there is no run '{}'", id.escape_debug()),
-            )
-            .with("workflow_id", id)
-        })
+        let run = self.0.journal.run(id).await?;
+        run.ok_or_else(|| no_such_run(id))
     }
 
     /// Runs, newest first.
@@ -619,7 +670,7 @@ impl Workflows {
                 run.id,
                 run.request_id,
                 run.request,
-                run.caller.identity,
+                run.caller,
                 records,
             );
             // Nobody is served yet: the turn is free.
@@ -635,13 +686,50 @@ impl Workflows {
         Ok(count)
     }
 
+    /// Removes what the audit trail need not keep any more.
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub async fn prune_audit(&self) -> Result<(), Fault> {
+        let journal = &self.0.config.journal;
+        let before = match journal.keep_days {
+            0 => Timestamp::MIN,
+            days => {
+                let hours = i64::from(days).saturating_mul(24);
+                Timestamp::now() - jiff::SignedDuration::from_hours(hours)
+            }
+        };
+        let gone = self
+            .0
+            .journal
+            .prune_audit(before, journal.keep_audit)
+            .await?;
+        if gone > 0 {
+            tracing::info!(
+                entries = gone,
+                "old entries were removed from the audit trail"
+            );
+        }
+        Ok(())
+    }
+
+    /// Does that now and then, for ever.
+    pub async fn keep_audit_short(self) {
+        loop {
+            tokio::time::sleep(Duration::from_secs(600)).await;
+            if let Err(fault) = self.prune_audit().await {
+                tracing::error!(%fault, "the audit trail cannot be shortened");
+            }
+        }
+    }
+
     async fn recover_one(&self, run: RunRow, fault: Fault) -> Result<(), Fault> {
         let records = self.0.journal.records(&run.id, 1).await?;
         let live = Live::new(
             run.id.clone(),
             run.request_id,
             run.request,
-            run.caller.identity,
+            run.caller,
             records,
         );
         let log = LiveLog {
@@ -711,6 +799,16 @@ impl Workflows {
     }
 }
 
+/// What is said of a run that is not there.
+#[must_use]
+pub fn no_such_run(id: &str) -> Fault {
+    Fault::new(
+        Reason::WorkflowNotFound,
+        format!("there is no run '{}'", id.escape_debug()),
+    )
+    .with("workflow_id", id)
+}
+
 /// The turn on a VM, given back when dropped.
 struct HeldTurn {
     turn: Arc<Turn>,
@@ -738,9 +836,11 @@ impl Drop for HeldTurn {
 fn going_on(
     live: &HashMap<String, Arc<Live>>,
     request: &Request,
-    request_id: &str,
+    how: &Submission,
 ) -> Result<Option<String>, Fault> {
-    let mut runs = live.values();
+    let request_id = how.request_id.as_str();
+    let seen = |run: &&Arc<Live>| how.sight.sees(&run.request.vm);
+    let mut runs = live.values().filter(seen);
     if request_id.is_empty() {
         let equal = runs.find(|run| run.request == *request && !request.action.reads_only());
         return Ok(equal.map(|run| run.id.clone()));

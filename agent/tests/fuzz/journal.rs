@@ -12,7 +12,7 @@ use rusqlite::Connection;
 use tokio::runtime::Runtime;
 use vmsnap_agent::{
     flow::Record,
-    journal::{Caller, Journal, JournalError, RunFilter, RunRow, RunStatus},
+    journal::{AuditFilter, Caller, Journal, JournalError, RunFilter, RunRow, RunStatus},
     planning::{
         Request,
         request::{Action, List},
@@ -131,6 +131,12 @@ async fn read(path: &Path) -> Result<Content, JournalError> {
     journal.snapshot_records("vm").await?;
     journal.open_guards().await?;
     journal.learned().await?;
+    journal
+        .audited(AuditFilter {
+            limit: 1_000,
+            ..Default::default()
+        })
+        .await?;
     let files = journal.noted_files().await?;
     let mut ids: Vec<String> = open.into_iter().map(|run| run.id).collect();
     ids.sort();

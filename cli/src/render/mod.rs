@@ -3,6 +3,7 @@
 //! Invariant: everything here is a pure function of its arguments; the time and
 //! the terminal's abilities are arguments too, so that golden texts can hold it.
 
+pub mod audit;
 pub mod failure;
 pub mod health;
 pub mod issues;

@@ -49,9 +49,28 @@ options:
     default: 60s
   agent:
     description:
-      - Where the agent listens, V(unix:///path) for its socket, or V(host:port) on the host itself.
+      - Where the agent listens, V(unix:///path) for its socket on this host, or V(host:port), V([fd00::1]:7443) with an
+        IPv6 address.
+      - Over the network mutual TLS is spoken and nothing else, with O(ca_path), O(client_cert) and O(client_key). Plain
+        TCP is only spoken to loopback, and where all three are given only as V(http://127.0.0.1:port).
       - When it is not given it is what the environment variable E(VMSNAP_AGENT) says, otherwise
         V(unix:///run/vmsnap/agent.sock).
+    type: str
+  ca_path:
+    description:
+      - The CA that signed the agent's certificate, a PEM file on the host that the task runs on.
+      - When it is not given it is what the environment variable E(VMSNAP_CA_PATH) says.
+    type: str
+  client_cert:
+    description:
+      - The certificate that tells the agent who calls, a PEM file on the host that the task runs on. Its name must have
+        a role on the agent.
+      - When it is not given it is what the environment variable E(VMSNAP_CLIENT_CERT) says.
+    type: str
+  client_key:
+    description:
+      - The key of O(client_cert), a PEM file on the host that the task runs on.
+      - When it is not given it is what the environment variable E(VMSNAP_CLIENT_KEY) says.
     type: str
 seealso:
   - module: vmsnap.libvirt.vm_snapshot

@@ -1,0 +1,222 @@
+//! The layer that every call passes, whatever the service.
+//!
+//! Invariants: no handler is reached without an [`Access`] in its request; a call
+//! holds its place until its answer was sent to the end, or given up.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http_body::Body as HttpBody;
+use jiff::Timestamp;
+use tonic::{
+    Status,
+    body::Body,
+    codegen::{Bytes, http},
+};
+use tower::{Layer, Service};
+
+use super::{
+    access::Access,
+    audit::Auditor,
+    limits::{Place, Places, Turns},
+    peer::Peer,
+    reload::Trust,
+    rights::{self, Right},
+};
+use crate::planning::{Fault, Reason};
+
+/// What a fault is sent as.
+type Told = fn(&Fault) -> Status;
+
+#[derive(Debug)]
+struct Inner {
+    trust: Arc<Trust>,
+    auditor: Auditor,
+    calls: Places,
+    streams: Places,
+    turns: Turns,
+    told: Told,
+}
+
+/// What a call has that came in.
+struct Entered {
+    access: Access,
+    place: Place,
+    /// The peer, when the call has to take its turn.
+    turn: Option<String>,
+}
+
+/// Decides who comes in; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Gate(Arc<Inner>);
+
+impl Gate {
+    /// With the places that there are for calls and for streams.
+    #[must_use]
+    pub fn new(
+        trust: Arc<Trust>,
+        auditor: Auditor,
+        calls: Places,
+        streams: Places,
+        turns: Turns,
+        told: Told,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            trust,
+            auditor,
+            calls,
+            streams,
+            turns,
+            told,
+        }))
+    }
+
+    /// As a layer of a server.
+    #[must_use]
+    pub fn layer(&self) -> GateLayer {
+        GateLayer(self.clone())
+    }
+
+    fn enter(&self, peer: Option<&Peer>, path: &str) -> Result<Entered, Fault> {
+        let Some(peer) = peer else {
+            return Err(Fault::new(
+                Reason::Internal,
+                "the connection does not tell who is at its other end",
+            ));
+        };
+        let Inner {
+            trust,
+            auditor,
+            calls,
+            streams,
+            ..
+        } = &*self.0;
+        let access = trust.roles().access(peer, auditor);
+        let right = rights::of_path(path);
+        let caller = access.caller();
+        let places = if right.is_some_and(|right| right.streams) || path.ends_with("/Watch") {
+            streams
+        } else {
+            calls
+        };
+        let peer_key = caller.key();
+        let place = places.take(&peer_key)?;
+        if peer.has_expired(Timestamp::now()) {
+            return Err(access.expired(right.map_or(path, |right| right.method)));
+        }
+        match right {
+            Some(right) => access.may_try(right)?,
+            None if rights::is_open(path) => {}
+            // What is not there is told to those who may ask for something.
+            None if access.highest().is_none() => return Err(access.stranger(path)),
+            None => {}
+        }
+        Ok(Entered {
+            access,
+            place,
+            turn: right.is_some_and(Right::reads).then_some(peer_key),
+        })
+    }
+}
+
+/// [`Gate`] as a layer.
+#[derive(Debug, Clone)]
+pub struct GateLayer(Gate);
+
+impl<S> Layer<S> for GateLayer {
+    type Service = Gated<S>;
+
+    fn layer(&self, inner: S) -> Gated<S> {
+        Gated {
+            gate: self.0.clone(),
+            inner,
+        }
+    }
+}
+
+/// A service behind the gate.
+#[derive(Debug, Clone)]
+pub struct Gated<S> {
+    gate: Gate,
+    inner: S,
+}
+
+impl<S, Q, R> Service<http::Request<Q>> for Gated<S>
+where
+    S: Service<http::Request<Q>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    R: HttpBody<Data = Bytes> + Send + 'static,
+    R::Error: Into<tonic::codegen::StdError>,
+{
+    type Response = http::Response<Body>;
+    type Error = S::Error;
+    type Future =
+        Pin<Box<dyn Future<Output = Result<http::Response<Body>, S::Error>> + Send + 'static>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<Q>) -> Self::Future {
+        let peer = request.extensions().get::<Peer>();
+        match self.gate.enter(peer, request.uri().path()) {
+            Err(fault) => {
+                let status = (self.gate.0.told)(&fault);
+                Box::pin(std::future::ready(Ok(status.into_http())))
+            }
+            Ok(Entered {
+                access,
+                place,
+                turn,
+            }) => {
+                request.extensions_mut().insert(access);
+                let turns = self.gate.0.turns.clone();
+                // What is called is made now, and does nothing before its turn.
+                let answer = self.inner.call(request);
+                Box::pin(async move {
+                    let _turn = match &turn {
+                        Some(peer) => Some(turns.take(peer).await),
+                        None => None,
+                    };
+                    let answer = answer.await?;
+                    Ok(answer.map(|body| {
+                        Body::new(Held {
+                            body: Box::pin(body),
+                            _place: place,
+                        })
+                    }))
+                })
+            }
+        }
+    }
+}
+
+/// An answer that holds its call's place.
+struct Held<B> {
+    body: Pin<Box<B>>,
+    _place: Place,
+}
+
+impl<B: HttpBody> HttpBody for Held<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<B::Data>, B::Error>>> {
+        self.body.as_mut().poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
+}

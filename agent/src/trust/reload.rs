@@ -1,0 +1,270 @@
+//! Certificates, keys, roots and roles, read anew while the agent runs.
+//!
+//! Invariants: files are read each second and when the agent is told to (SIGHUP),
+//! and taken when their content changed; what cannot be used, a key that is not the
+//! certificate's among it, leaves what was there before in force, is logged once and
+//! counted; a file of roles that vanished is one that cannot be used, because
+//! without roles local callers would have all rights.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_rustls::rustls::ServerConfig;
+
+use super::{
+    roles::{Roles, host_groups},
+    tls::{Contents, Paths, Proof},
+};
+use crate::config::{Config, DEFAULT_ROLES};
+
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long before its end a certificate is warned about.
+const SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
+
+/// Something that is read from files and kept while these cannot be used.
+#[derive(Debug)]
+struct Kept<C, T> {
+    now: RwLock<Arc<T>>,
+    /// What was tried last, good or not, or why it could not even be read.
+    tried: Mutex<Result<C, String>>,
+}
+
+impl<C: PartialEq, T> Kept<C, T> {
+    fn new(contents: C, value: T) -> Self {
+        Self {
+            now: RwLock::new(Arc::new(value)),
+            tried: Mutex::new(Ok(contents)),
+        }
+    }
+
+    fn now(&self) -> Arc<T> {
+        self.now
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Takes what was read if it is new and can be used. `None` when nothing
+    /// changed since the last try.
+    fn look(
+        &self,
+        read: Result<C, String>,
+        understand: impl FnOnce(&C) -> Result<T, String>,
+    ) -> Option<Result<Arc<T>, String>> {
+        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
+        if *tried == read {
+            return None;
+        }
+        *tried = read;
+        let value = match &*tried {
+            Ok(contents) => understand(contents),
+            Err(problem) => Err(problem.clone()),
+        };
+        Some(value.map(|value| {
+            let value = Arc::new(value);
+            *self.now.write().unwrap_or_else(PoisonError::into_inner) = value.clone();
+            value
+        }))
+    }
+}
+
+/// What trust stands on now.
+#[derive(Debug)]
+pub struct Trust {
+    tls: Option<(Paths, Kept<Contents, Proof>)>,
+    roles_path: PathBuf,
+    roles: Kept<String, Roles>,
+    taken: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Trust {
+    /// Reads everything for the first time.
+    ///
+    /// # Errors
+    /// What cannot be used: then the agent does not start.
+    pub fn open(config: &Config) -> Result<Arc<Self>, String> {
+        let tls = match config.tls_paths() {
+            None => None,
+            Some(paths) => {
+                let contents = paths.read()?;
+                let proof = paths.understand(&contents)?;
+                tell(&proof);
+                Some((paths, Kept::new(contents, proof)))
+            }
+        };
+        let roles_path = config.trust.roles.clone();
+        let text = match std::fs::read_to_string(&roles_path) {
+            Ok(text) => text,
+            // Only a file that was named must be there.
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound
+                    && (roles_path == Path::new(DEFAULT_ROLES)
+                        || roles_path.as_os_str().is_empty()) =>
+            {
+                String::new()
+            }
+            Err(error) => return Err(unreadable(&roles_path, &error)),
+        };
+        let roles =
+            Roles::parse(&text, &host_groups()).map_err(|problem| wrong(&roles_path, &problem))?;
+        if tls.is_some() && roles.is_empty() {
+            tracing::warn!(
+                roles = %roles_path.display(),
+                "no roles are given: every caller with a certificate will be denied"
+            );
+        }
+        Ok(Arc::new(Self {
+            tls,
+            roles: Kept::new(text, roles),
+            roles_path,
+            taken: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }))
+    }
+
+    /// What connections are accepted with now; none where TLS is not served.
+    #[must_use]
+    pub fn server_config(&self) -> Option<Arc<ServerConfig>> {
+        let (_, kept) = self.tls.as_ref()?;
+        Some(kept.now().config.clone())
+    }
+
+    /// Who has which role now.
+    #[must_use]
+    pub fn roles(&self) -> Arc<Roles> {
+        self.roles.now()
+    }
+
+    /// How often new files were taken, and how often they could not be used.
+    #[must_use]
+    pub fn reloads(&self) -> (u64, u64) {
+        (
+            self.taken.load(Ordering::Relaxed),
+            self.refused.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Looks at the files, for ever.
+    pub async fn keep(self: Arc<Self>) {
+        let mut told = signal(SignalKind::hangup()).ok();
+        loop {
+            let hangup = async {
+                match &mut told {
+                    Some(told) => told.recv().await.is_some(),
+                    None => std::future::pending().await,
+                }
+            };
+            let told = tokio::select! {
+                told = hangup => told,
+                () = tokio::time::sleep(LOOK) => false,
+            };
+            let trust = self.clone();
+            // Files may lie where reading takes its time.
+            let looked = tokio::task::spawn_blocking(move || trust.look()).await;
+            if told && matches!(looked, Ok(0)) {
+                tracing::info!("told to read certificates and roles anew; none of them changed");
+            }
+        }
+    }
+
+    /// Looks at the files once; how many had changed.
+    pub fn look(&self) -> u64 {
+        let mut changed = 0;
+        if let Some((paths, kept)) = &self.tls
+            && let Some(looked) = kept.look(paths.read(), |contents| paths.understand(contents))
+        {
+            changed += 1;
+            match looked {
+                Ok(proof) => {
+                    self.taken.fetch_add(1, Ordering::Relaxed);
+                    tell(&proof);
+                }
+                Err(problem) => {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(
+                        %problem,
+                        "new certificates cannot be used: the former ones stay in force"
+                    );
+                }
+            }
+        }
+        // An absent default file stays what it was.
+        let text = match std::fs::read_to_string(&self.roles_path) {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound && self.roles().is_empty() =>
+            {
+                Ok(String::new())
+            }
+            other => other.map_err(|error| unreadable(&self.roles_path, &error)),
+        };
+        let understand = |text: &String| {
+            Roles::parse(text, &host_groups()).map_err(|problem| wrong(&self.roles_path, &problem))
+        };
+        if let Some(looked) = self.roles.look(text, understand) {
+            changed += 1;
+            match looked {
+                Ok(roles) => {
+                    self.taken.fetch_add(1, Ordering::Relaxed);
+                    tracing::info!(entries = roles.len(), "new roles are in force");
+                }
+                Err(problem) => {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    tracing::error!(
+                        %problem,
+                        "new roles cannot be used: the former ones stay in force"
+                    );
+                }
+            }
+        }
+        changed
+    }
+}
+
+fn tell(proof: &Proof) {
+    let names = proof.names.join(", ");
+    tracing::info!(%names, until = %proof.until, "the agent's certificate is in force");
+    let left = Timestamp::now().duration_until(proof.until);
+    if left.is_negative() {
+        tracing::error!(until = %proof.until, "the agent's certificate has expired");
+    } else if left < SOON {
+        tracing::warn!(until = %proof.until, "the agent's certificate expires soon");
+    }
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> String {
+    format!("trust.roles '{}' cannot be read: {error}", path.display())
+}
+
+fn wrong(path: &Path, problem: &str) -> String {
+    format!("trust.roles '{}': {problem}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_used_leaves_what_was_there_and_is_tried_once() {
+        let kept = Kept::new("1".to_owned(), 1_u32);
+        let parse = |text: &String| text.parse::<u32>().map_err(|error| error.to_string());
+        assert!(kept.look(Ok("1".into()), parse).is_none());
+        assert!(kept.look(Ok("x".into()), parse).unwrap().is_err());
+        assert_eq!(*kept.now(), 1);
+        assert!(kept.look(Ok("x".into()), parse).is_none());
+        assert!(kept.look(Err("gone".into()), parse).unwrap().is_err());
+        assert!(kept.look(Err("gone".into()), parse).is_none());
+        assert_eq!(*kept.now(), 1);
+        assert_eq!(*kept.look(Ok("2".into()), parse).unwrap().unwrap(), 2);
+        assert_eq!(*kept.now(), 2);
+    }
+}

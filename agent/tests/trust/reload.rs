@@ -1,0 +1,148 @@
+//! Certificates and roles that change while the agent runs.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{
+    agent::{Agent, connect},
+    pki::{Ca, NOW, write},
+};
+
+const ROLES: &str = "[[roles]]\nrole = 'viewer'\nvms = ['*']\ncertificates = ['deploy']\n";
+
+/// Some seconds, or with `VMSNAP_TEST_LONG` in the environment a minute.
+fn while_it_lasts() -> Duration {
+    match std::env::var_os("VMSNAP_TEST_LONG") {
+        Some(_) => Duration::from_secs(60),
+        None => Duration::from_secs(6),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_ones_in_force() {
+    let agent = Agent::start(ROLES, "");
+    let served = async || {
+        let client = agent.client("deploy").await;
+        client.vms().await.unwrap().len()
+    };
+    let (_, foreign) = agent.ca.certificate("", &["127.0.0.1"], NOW);
+    let key = std::fs::read_to_string(agent.folder.path("agent.key")).unwrap();
+    write(&agent.folder.path("agent.key"), &foreign);
+    agent.says("is not the key of tls.certificate");
+    assert_eq!(served().await, 2);
+    write(&agent.folder.path("agent.key"), "no key at all");
+    agent.says("holds no private key in PEM");
+    assert_eq!(served().await, 2);
+    std::fs::remove_file(agent.folder.path("ca.pem")).unwrap();
+    agent.says("tls.client_ca");
+    assert_eq!(served().await, 2);
+    write(&agent.folder.path("ca.pem"), &agent.ca.pem);
+    write(&agent.folder.path("agent.key"), &key);
+    write(
+        &agent.folder.path("roles.toml"),
+        "[[roles]]\nrole = 'king'\n",
+    );
+    agent.says("new roles cannot be used");
+    assert_eq!(served().await, 2);
+    std::fs::remove_file(agent.folder.path("roles.toml")).unwrap();
+    agent.says("cannot be read");
+    assert_eq!(served().await, 2);
+    // Told once, not every second.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(agent.log().matches("role = 'king'").count(), 0);
+    assert_eq!(
+        agent.log().matches("unknown variant").count(),
+        1,
+        "{}",
+        agent.log()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_root_lets_its_callers_in_and_the_old_ones_out_without_a_restart() {
+    let agent = Agent::start(ROLES, "");
+    let old = agent.ca.caller(&agent.folder, "deploy", &[], NOW);
+    let next = Ca::new("next CA");
+    let mut new = next.caller(&agent.folder, "deploy", &[], NOW);
+    new.ca_path.clone_from(&old.ca_path);
+    assert!(connect(&agent.tls(), new.clone()).await.is_err());
+    write(&agent.folder.path("ca.pem"), &next.pem);
+    let patience = Instant::now() + Duration::from_secs(10);
+    while connect(&agent.tls(), new.clone()).await.is_err() {
+        assert!(Instant::now() < patience, "the new root was never taken");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(connect(&agent.tls(), old).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_has_everything_read_at_once() {
+    let agent = Agent::start(ROLES, "");
+    let kill = std::process::Command::new("kill")
+        .args(["-HUP", &agent.pid().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    agent.says("none of them changed");
+    assert_eq!(agent.client("deploy").await.vms().await.unwrap().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_rotate_every_second_fail_no_call() {
+    let agent = Arc::new(Agent::start(ROLES, ""));
+    let stop = Arc::new(AtomicBool::new(false));
+    let calls = Arc::new(AtomicU64::new(0));
+    let mut load = Vec::new();
+    for at in 0..8 {
+        let (agent, stop, calls) = (agent.clone(), stop.clone(), calls.clone());
+        load.push(tokio::spawn(async move {
+            // Half of them keep their connection, the others make one for each call.
+            let kept = agent.client("deploy").await;
+            let files = agent.ca.caller(&agent.folder, "deploy", &[], NOW);
+            while !stop.load(Ordering::Relaxed) {
+                let client = if at % 2 == 0 {
+                    kept.clone()
+                } else {
+                    let made = connect(&agent.tls(), files.clone()).await;
+                    made.map_err(|error| error.chain())?
+                };
+                let vms = client.vms().await.map_err(|error| error.chain())?;
+                assert_eq!(vms.len(), 2);
+                calls.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok::<(), String>(())
+        }));
+    }
+    let begun = Instant::now();
+    let mut rotations = 0;
+    while begun.elapsed() < while_it_lasts() {
+        rotations += 1;
+        let name = format!("r{rotations}.example.org");
+        let (certificate, key) = agent.ca.certificate("", &[&name, "127.0.0.1"], NOW);
+        // Not at one moment, as nobody can: in between they do not match.
+        write(&agent.folder.path("agent.key"), &key);
+        tokio::time::sleep(Duration::from_millis(3)).await;
+        write(&agent.folder.path("agent.pem"), &certificate);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    agent.says(&format!("names=r{rotations}.example.org"));
+    stop.store(true, Ordering::Relaxed);
+    for one in load {
+        one.await.unwrap().unwrap();
+    }
+    let (calls, least) = (
+        calls.load(Ordering::Relaxed),
+        begun.elapsed().as_secs() * 10,
+    );
+    assert!(calls > least, "only {calls} calls in {:?}", begun.elapsed());
+    let taken = agent
+        .log()
+        .matches("the agent's certificate is in force")
+        .count();
+    assert!(taken * 2 > rotations, "{taken} of {rotations} were taken");
+}
