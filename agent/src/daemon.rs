@@ -45,9 +45,9 @@ pub fn serve(config: Config) -> Result<(), String> {
     let network = network()?;
     let runtime = runtime()?;
     let served = runtime.block_on(run(config, network.handle().clone()));
-    network.shutdown_timeout(STREAMS);
     // A thread that reads a large file, or waits for libvirt, does not hold up the end.
     runtime.shutdown_timeout(THREADS);
+    network.shutdown_timeout(THREADS);
     served
 }
 
