@@ -666,13 +666,7 @@ impl Workflows {
             };
             tracing::error!(run = %run.id, vm = %run.request.vm, %why, "an interrupted run stays open");
             let records = self.0.journal.records(&run.id, 1).await?;
-            let live = Live::new(
-                run.id,
-                run.request_id,
-                run.request,
-                run.caller,
-                records,
-            );
+            let live = Live::new(run.id, run.request_id, run.request, run.caller, records);
             // Nobody is served yet: the turn is free.
             let turn = self.take_turn(&live);
             lock(&self.0.live).insert(live.id.clone(), live.clone());
@@ -716,10 +710,10 @@ impl Workflows {
     /// Does that now and then, for ever.
     pub async fn keep_audit_short(self) {
         loop {
-            tokio::time::sleep(Duration::from_secs(600)).await;
             if let Err(fault) = self.prune_audit().await {
                 tracing::error!(%fault, "the audit trail cannot be shortened");
             }
+            tokio::time::sleep(Duration::from_secs(600)).await;
         }
     }
 
