@@ -1,8 +1,11 @@
-//! The agent's configuration: documented defaults, a TOML file over them.
+//! The agent's configuration: documented defaults, a TOML file over them, and
+//! [layers] of environment and command line over that.
 //!
 //! Invariants: an absent file at the default path is fine; unknown keys are
 //! refused with file, line and key; a value that cannot work is refused by
 //! [`Config::check`] before anything starts.
+
+pub mod layers;
 
 use std::{
     fmt,
@@ -48,6 +51,8 @@ pub struct Config {
     pub guards: Guards,
     /// Logs.
     pub log: Log,
+    /// Metrics.
+    pub metrics: Metrics,
 }
 
 /// `[libvirt]`
@@ -133,6 +138,8 @@ pub struct Journal {
     pub keep_runs: u32,
     /// Entries of the audit trail that stay at most.
     pub keep_audit: u32,
+    /// MiB of runs from which on the oldest go, however young they are.
+    pub max_mib: u32,
 }
 
 /// `[storage]`
@@ -167,6 +174,8 @@ pub struct Limits {
     pub heartbeat: u64,
     /// Seconds that open runs may take to stop when the agent is told to.
     pub shutdown: u64,
+    /// Seconds that a frozen guest is asked to thaw before its run is stuck.
+    pub stuck_after: u64,
 }
 
 /// `[guards]`
@@ -192,6 +201,24 @@ pub struct Log {
     pub level: String,
     /// `text` or `json`.
     pub format: LogFormat,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// Address with port, such as `127.0.0.1:9177`, or the path of a Unix socket;
+    /// empty for none.
+    pub listen: String,
+}
+
+/// Where metrics are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetricsAddress {
+    /// Over TCP.
+    Tcp(SocketAddr),
+    /// Over a Unix socket.
+    Unix(PathBuf),
 }
 
 /// How log lines look.
@@ -235,6 +262,7 @@ impl Default for Journal {
             keep_days: 90,
             keep_runs: 1_000,
             keep_audit: 100_000,
+            max_mib: 256,
         }
     }
 }
@@ -252,6 +280,7 @@ impl Default for Limits {
             max_streams_per_peer: 512,
             heartbeat: 10,
             shutdown: 60,
+            stuck_after: 30,
         }
     }
 }
@@ -283,27 +312,6 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 impl Config {
-    /// Reads the file that was named, or the default one if it exists.
-    ///
-    /// # Errors
-    /// When it cannot be read or understood.
-    pub fn load(named: Option<&Path>) -> Result<Self, ConfigError> {
-        let path = named.unwrap_or(Path::new(DEFAULT_PATH));
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self::default());
-            }
-            Err(error) => {
-                return Err(ConfigError {
-                    place: path.display().to_string(),
-                    problem: format!("cannot be read: {error}"),
-                });
-            }
-        };
-        Self::parse(&text, &path.display().to_string())
-    }
-
     /// Understands a configuration's text; `place` names it in errors.
     ///
     /// # Errors
@@ -394,6 +402,16 @@ impl Config {
                 }
             }
         }
+        if !self.metrics.listen.is_empty() && self.metrics_address().is_none() {
+            return wrong(
+                "metrics.listen",
+                format!(
+                    "'{}' is neither an address with a port, such as 127.0.0.1:9177, nor the \
+                     absolute path of a socket, 107 bytes at most",
+                    self.metrics.listen.escape_debug()
+                ),
+            );
+        }
         let any = u64::from(u32::MAX);
         for (key, value, least, most) in [
             ("libvirt.read_timeout", self.libvirt.read_timeout, 1, YEAR),
@@ -411,6 +429,7 @@ impl Config {
             ),
             ("limits.heartbeat", self.limits.heartbeat, 1, YEAR),
             ("limits.shutdown", self.limits.shutdown, 0, YEAR),
+            ("limits.stuck_after", self.limits.stuck_after, 1, YEAR),
             ("limits.max_chain", u64::from(self.limits.max_chain), 1, any),
             ("limits.max_runs", u64::from(self.limits.max_runs), 1, any),
             (
@@ -451,6 +470,7 @@ impl Config {
                 any,
             ),
             ("guards.grace", self.guards.grace, 0, YEAR),
+            ("journal.max_mib", u64::from(self.journal.max_mib), 1, any),
             (
                 "journal.keep_days",
                 u64::from(self.journal.keep_days),
@@ -530,10 +550,35 @@ impl Config {
         })
     }
 
+    /// Where metrics are read; `None` when they are not, or it cannot be
+    /// understood.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<MetricsAddress> {
+        let listen = &self.metrics.listen;
+        let a_path =
+            listen.starts_with('/') && listen.len() <= 107 && !listen.chars().any(char::is_control);
+        if a_path {
+            return Some(MetricsAddress::Unix(listen.into()));
+        }
+        listen.parse().ok().map(MetricsAddress::Tcp)
+    }
+
     /// Time between heartbeats.
     #[must_use]
     pub fn heartbeat(&self) -> Duration {
         Duration::from_secs(self.limits.heartbeat)
+    }
+}
+
+/// A file's text; nothing for one that need not be there and is not.
+fn read(path: &Path, needed: bool) -> Result<Option<String>, ConfigError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if !needed && error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ConfigError {
+            place: path.display().to_string(),
+            problem: format!("cannot be read: {error}"),
+        }),
     }
 }
 

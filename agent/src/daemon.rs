@@ -12,9 +12,11 @@ use tokio::{runtime::Handle, sync::watch};
 use vmsnap_hypervisor::{Hypervisor, Options};
 
 use crate::{
-    api::Endpoints,
-    config::{Config, LogFormat},
+    api::{Endpoints, Handed},
+    config::Config,
     journal::Journal,
+    logs,
+    operate::{activation, metrics, notify::Notifier, scrape},
     planning::actions::kind::version,
     trust::{Auditor, Trust},
     workflows::Workflows,
@@ -24,6 +26,8 @@ use crate::{
 const STREAMS: Duration = Duration::from_secs(5);
 /// How far behind others the network's threads are, in steps of nice(2).
 const BEHIND: i32 = 10;
+/// How long threads may take to end once everything else is over.
+const THREADS: Duration = Duration::from_secs(1);
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
     tokio::runtime::Builder::new_multi_thread()
@@ -37,10 +41,12 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 /// # Errors
 /// A sentence that says what kept it from serving.
 pub fn serve(config: Config) -> Result<(), String> {
-    log_to_stderr(&config)?;
-    let network = network()?;
-    let served = runtime()?.block_on(run(config, network.handle().clone()));
-    network.shutdown_timeout(STREAMS);
+    logs::to_stderr(&config)?;
+    let (runtime, network) = (runtime()?, network()?);
+    let served = runtime.block_on(run(config, network.handle().clone()));
+    // A thread that reads a large file, or waits for libvirt, does not hold up the end.
+    runtime.shutdown_timeout(THREADS);
+    network.shutdown_timeout(THREADS);
     served
 }
 
@@ -65,13 +71,18 @@ fn network() -> Result<tokio::runtime::Runtime, String> {
 /// A sentence that says what would keep it from serving.
 pub fn check(config: Config) -> Result<String, String> {
     runtime()?.block_on(async {
-        if let Some(folder) = config.journal.path.parent()
+        // What is missing is made when the agent starts, so the nearest that is
+        // there tells.
+        let there = config
+            .journal
+            .path
+            .ancestors()
+            .skip(1)
+            .find(|it| it.exists());
+        if let Some(folder) = there
             && !folder.is_dir()
         {
-            return Err(format!(
-                "journal.path: the folder '{}' does not exist",
-                folder.display()
-            ));
+            return Err(format!("journal.path: '{}' is no folder", folder.display()));
         }
         if config.journal.path.exists() {
             Journal::probe(&config.journal.path).map_err(|error| error.to_string())?;
@@ -102,6 +113,10 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
         read_deadline: Duration::from_secs(libvirt.read_timeout),
         effect_deadline: Duration::from_secs(libvirt.effect_timeout),
         release_deadline: Duration::from_secs(libvirt.release_timeout),
+        // Five intervals without an answer end a connection: before a read is overdue.
+        keepalive_interval: u32::try_from(libvirt.read_timeout / 6)
+            .unwrap_or(u32::MAX)
+            .max(1),
         ..Options::for_uri(&libvirt.uri)
     };
     Hypervisor::connect(options).await.map_err(|error| {
@@ -114,6 +129,9 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
 }
 
 async fn run(config: Config, network: Handle) -> Result<(), String> {
+    let manager = Notifier::from_environment();
+    let starting = manager.starting();
+    let handed = activation::take()?;
     let path = &config.journal.path;
     if let Some(folder) = path
         .parent()
@@ -125,7 +143,16 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
     let trust = Trust::open(&config)?;
     // The sockets first: they also tell whether another agent is alive, whose
     // journal must not be recovered under its feet.
-    let endpoints = Endpoints::open(&config).await?;
+    let sockets = Handed {
+        unix: handed.unix,
+        tcp: handed.tcp,
+    };
+    let endpoints = Endpoints::open(&config, sockets).await?;
+    let metrics = match scrape::Endpoint::open(&config, handed.metrics).await? {
+        // Before anything is counted.
+        Some(endpoint) => Some((endpoint, metrics::install()?)),
+        None => None,
+    };
     let _owner = own(path)?;
     let journal = Journal::open(path).map_err(|error| error.to_string())?;
     let hypervisor = connect(&config).await?;
@@ -141,6 +168,7 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
         "connected"
     );
     let auditor = Auditor::new(journal.clone());
+    let shutdown = Duration::from_secs(config.limits.shutdown);
     let workflows = Workflows::new(hypervisor, journal, config);
     let recovered = workflows
         .recover()
@@ -154,6 +182,9 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
         socket = bound.socket.as_deref().unwrap_or("none"),
         tcp = %shown(bound.tcp),
         tls = %shown(bound.tls),
+        metrics = %metrics
+            .as_ref()
+            .map_or_else(|| "none".to_owned(), |(endpoint, _)| endpoint.address()),
         "serving"
     );
 
@@ -161,6 +192,11 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
     tokio::spawn(workflows.clone().keep_audit_short());
     tokio::spawn(trust.clone().keep());
     tokio::spawn(auditor.clone().keep());
+    tokio::spawn(workflows.clone().keep_journal());
+    tokio::spawn(workflows.clone().keep_stuck());
+    if let Some((endpoint, handle)) = metrics {
+        tokio::spawn(endpoint.serve(workflows.clone(), handle));
+    }
     let (stop, stopped) = watch::channel(false);
     let mut serving = tokio::spawn({
         let (workflows, auditor) = (workflows.clone(), auditor.clone());
@@ -171,6 +207,9 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
     });
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| error.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| error.to_string())?;
+    drop(starting);
+    manager.ready();
+    tokio::spawn(manager.clone().keep(workflows.clone()));
     tokio::select! {
         ended = &mut serving => {
             return match ended {
@@ -183,6 +222,7 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping");
+    manager.stopping(shutdown);
     let left = workflows.shut_down().await;
     if left > 0 {
         tracing::error!(
@@ -221,18 +261,4 @@ fn own(journal: &Path) -> Result<std::fs::File, String> {
             Err(format!("journal.path: '{}': {error}", path.display()))
         }
     }
-}
-
-fn log_to_stderr(config: &Config) -> Result<(), String> {
-    let filter = config
-        .log_filter()
-        .map_err(|problem| format!("log.level: {problem}"))?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    let set = match config.log.format {
-        LogFormat::Text => builder.with_ansi(false).try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
-    set.map_err(|error| format!("log: {error}"))
 }

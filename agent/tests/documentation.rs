@@ -1,10 +1,11 @@
-//! What the documentation says of the configuration, of errors, of known issues
-//! and of field cases is what there is.
+//! What the documentation says of the configuration, of errors, of known issues,
+//! of field cases and of faults is what there is.
 
 use std::path::Path;
 
 use vmsnap_agent::{
     config::Config,
+    operate::{health, metrics::METRICS},
     planning::{Reason, issues},
     trust::rights::{Deed, RIGHTS},
 };
@@ -32,6 +33,80 @@ fn every_key_of_the_configuration_is_explained_with_its_default() {
             let line = format!("| `{section}.{key}` | `{default}` |");
             assert!(page.contains(&line), "configuration.md lacks {line}");
         }
+    }
+}
+
+#[test]
+fn the_page_of_metrics_is_what_there_is() {
+    let page = read("metrics.md");
+    let rows: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let wanted: Vec<String> = METRICS
+        .iter()
+        .map(|metric| {
+            let labels: Vec<String> = metric
+                .labels
+                .iter()
+                .map(|label| format!("`{label}`"))
+                .collect();
+            format!(
+                "| `{}` | {} | {} | {} |",
+                metric.name,
+                metric.kind.name(),
+                labels.join(", "),
+                metric.help
+            )
+        })
+        .collect();
+    assert_eq!(rows, wanted);
+    for kind in health::Kind::ALL {
+        assert!(page.contains(&format!("`{}`", kind.name())), "{kind:?}");
+    }
+}
+
+#[test]
+fn the_guide_has_a_word_on_every_alert_and_on_every_problem() {
+    let guide = read("operating.md");
+    let rules = read("../packaging/prometheus/vmsnap.rules.yml");
+    let alerts: Vec<&str> = rules
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+        .collect();
+    assert!(alerts.len() > 10, "{alerts:?}");
+    for alert in alerts {
+        assert!(guide.contains(&format!("### {alert}\n")), "{alert}");
+    }
+    for kind in health::Kind::ALL {
+        assert!(guide.contains(&format!("`{}`", kind.name())), "{kind:?}");
+    }
+}
+
+/// The metrics that a text names: those of a histogram by their parts.
+fn named(text: &str) -> Vec<String> {
+    let mut names: Vec<String> = text
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| word.starts_with("vmsnap_"))
+        .map(|word| word.trim_end_matches("_bucket").to_owned())
+        .collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[test]
+fn rules_and_dashboard_name_no_metric_that_is_not_there_and_the_dashboard_all() {
+    let known: Vec<&str> = METRICS.iter().map(|metric| metric.name).collect();
+    let dashboard = named(&read("../packaging/grafana/vmsnap.json"));
+    for name in named(&read("../packaging/prometheus/vmsnap.rules.yml"))
+        .iter()
+        .chain(&dashboard)
+    {
+        assert!(known.contains(&name.as_str()), "{name}");
+    }
+    for name in known {
+        assert!(dashboard.iter().any(|it| it == name), "no panel on {name}");
     }
 }
 
@@ -150,20 +225,24 @@ fn sources(folder: &Path, into: &mut String) {
 }
 
 #[test]
-fn every_test_that_the_field_cases_name_is_there() {
-    let page = read("field-cases.md");
+fn every_test_that_the_pages_of_cases_and_faults_name_is_there() {
     let mut code = String::new();
     sources(&Path::new(DOCS).join(".."), &mut code);
-    let mut named = 0;
-    // Every other piece between backticks is code.
-    for test in page.split('`').skip(1).step_by(2) {
-        let Some((_, name)) = test.rsplit_once("::") else {
-            continue;
-        };
-        assert!(code.contains(&format!("fn {name}(")), "no test {test}");
-        named += 1;
+    for (page, least) in [("field-cases.md", 30), ("faults.md", 20)] {
+        let mut named = 0;
+        // Every other piece between backticks is code.
+        for test in read(page).split('`').skip(1).step_by(2) {
+            let Some((_, name)) = test.rsplit_once("::") else {
+                continue;
+            };
+            assert!(
+                code.contains(&format!("fn {name}(")),
+                "{page}: no test {test}"
+            );
+            named += 1;
+        }
+        assert!(named > least, "only {named} tests are named in {page}");
     }
-    assert!(named > 30, "only {named} tests are named");
 }
 
 #[test]

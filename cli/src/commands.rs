@@ -170,6 +170,18 @@ pub async fn run(cli: Cli) -> Result<Status, Trouble> {
             let report = cert::run(&command).map_err(Trouble::Here)?;
             context.show(|| report.json.clone(), || report.text.clone())
         }
+        Command::Health => {
+            let health = context.connect().await?.health().await?;
+            context.show(
+                || health.to_json(),
+                || render::health::problems(&health, &context.clock, context.style),
+            )?;
+            Ok(if health.problems.is_empty() {
+                Status::Done
+            } else {
+                Status::Failed
+            })
+        }
         Command::Version => version(&context).await,
     }
 }

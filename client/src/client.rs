@@ -306,6 +306,16 @@ impl Client {
             .await
     }
 
+    /// What is wrong at the agent now, the most urgent first.
+    ///
+    /// # Errors
+    /// Everything that a call has.
+    pub async fn health(&self) -> Result<v1::GetHealthResponse, Error> {
+        let request = self.request(v1::GetHealthRequest {});
+        self.answer(self.inventory_service().get_health(request))
+            .await
+    }
+
     /// All VMs, by name.
     ///
     /// # Errors

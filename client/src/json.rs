@@ -179,6 +179,7 @@ words! {
     WorkflowState "WORKFLOW_STATE_",
     GuardState "GUARD_STATE_",
     AuditResult "AUDIT_RESULT_",
+    HealthProblemKind "HEALTH_PROBLEM_KIND_",
 }
 
 /// The word of a `google.rpc.Code`, such as `not_found`.
@@ -291,6 +292,10 @@ messages! {
         hostname, agent_version, libvirt_version, hypervisor, hypervisor_version, uri,
         can_revert_external, can_delete_external,
     }
+    HealthProblem {
+        kind: HealthProblemKind, urgent, since, vm_name, workflow_id, message, remedy,
+    }
+    GetHealthResponse { problems, open_workflows }
 
     // workflow.proto
     CreateOptions {

@@ -32,6 +32,9 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 /// How long the status behind a failed run's outcome is waited for.
 const STATUS_PATIENCE: Duration = Duration::from_secs(2);
 
+/// The agent's reason when its journal cannot be written.
+const JOURNAL_UNAVAILABLE: &str = "JOURNAL_UNAVAILABLE";
+
 /// How a workflow is run.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
@@ -392,13 +395,17 @@ impl RunStream {
 
     /// A cut connection comes back, and so does an agent that was stopped while
     /// it followed a run for us. An agent that answers a first call with
-    /// "unavailable" and a reason has refused it.
+    /// "unavailable" and a reason has refused it; one whose journal cannot be written
+    /// needs somebody's help before the run goes on.
     fn may_come_back(&self, status: &Status) -> bool {
         // What was not trusted now will not be in a moment.
         if distrust(status).is_some() {
             return false;
         }
-        is_transport(status) || (status.code() == Code::Unavailable && self.workflow_id.is_some())
+        is_transport(status)
+            || (status.code() == Code::Unavailable
+                && self.workflow_id.is_some()
+                && Failure::from(status).reason != JOURNAL_UNAVAILABLE)
     }
 
     fn lost_for_good(&self, status: &Status) -> Error {

@@ -148,6 +148,18 @@ impl Agent {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
+    /// Changes its configuration for the next start: one text for another, which has
+    /// to be there.
+    ///
+    /// # Errors
+    /// When it is not, or the file cannot be written.
+    pub fn reconfigure(&self, from: &str, to: &str) -> Result<()> {
+        let file = self.folder.join("agent.toml");
+        let text = fs::read_to_string(&file)?;
+        anyhow::ensure!(text.contains(from), "'{from}' is not in the configuration");
+        self.lab.write(&file, &text.replace(from, to))
+    }
+
     /// Sets a variable of its environment for the next start.
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.environment.push((name.to_owned(), value.to_owned()));

@@ -29,6 +29,8 @@ pub struct BlankSpec {
     pub cache: String,
     /// Size of each disk in MiB; 64 when zero.
     pub disk_mib: u32,
+    /// Memory in MiB; 64 when zero.
+    pub memory_mib: u32,
     /// Leave it off.
     pub stopped: bool,
 }
@@ -99,10 +101,15 @@ impl Lab {
                  <source file='{shown}'/><target dev='{target}' bus='virtio'/>{readonly}</disk>"
             );
         }
+        let memory = if spec.memory_mib == 0 {
+            64
+        } else {
+            spec.memory_mib
+        };
         let named = |xml: &str| xml.replace("{name}", &name);
         // UEFI needs ACPI.
         let xml = format!(
-            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type>{}</os><features><acpi/></features>\
              <devices>{disks}{}<memballoon model='none'/></devices></domain>",
             named(&spec.os),

@@ -773,8 +773,10 @@ fn learn(lab: &Lab, scenario: &Scenario) -> Result<Vec<(Fault, bool)>> {
                 .and_then(|rest| rest.split('"').next());
             let operation = operation.context("the operation in the agent's log")?;
             let nth = counts.entry(operation.to_owned()).or_default();
+            let edge = operation == "revert" || operation == "delete a snapshot of";
             for how in &COLUMNS[1..] {
-                cells.push((Fault::Effect(how, operation.to_owned(), *nth), false));
+                let always = edge && *how == "fails after";
+                cells.push((Fault::Effect(how, operation.to_owned(), *nth), always));
             }
             *nth += 1;
         }
@@ -836,15 +838,16 @@ pub fn run_contract(lab: &Lab, choice: &Choice) -> Result<Report> {
                     let mut killed = false;
                     for (at, (fault, always)) in cells.into_iter().enumerate() {
                         let daemon = fault.column() == "libvirtd killed";
-                        // libvirtd is killed once an action, in what is neither a hold nor a
-                        // refreshed pool.
+                        // In the short forms libvirtd is killed once an action, in what is
+                        // neither a hold nor on a guest.
                         let operation = match &fault {
                             Fault::Effect(_, operation, _) => operation.as_str(),
                             Fault::Record(_) => "",
                         };
                         let reads = operation == "refresh";
                         let hold = matches!(operation, "freeze" | "suspend" | "resume" | "thaw");
-                        if reads || daemon && (killed || hold || scenario.guest) {
+                        let short = choice.one_in > 1 && (killed || hold || scenario.guest);
+                        if reads || daemon && short {
                             continue;
                         }
                         killed |= daemon;
@@ -878,7 +881,8 @@ pub fn run_contract(lab: &Lab, choice: &Choice) -> Result<Report> {
     };
     let last = || -> Result<()> {
         if !daemon.is_empty() {
-            let mut own = OwnedLab::start(0)?;
+            let guests = daemon.iter().any(|(row, _)| SCENARIOS[*row].guest);
+            let mut own = OwnedLab::start(u32::from(guests))?;
             let lab = own.lab.clone();
             for (row, fault) in &daemon {
                 let result = cell(&lab, &SCENARIOS[*row], fault, Some(&mut own));
@@ -910,8 +914,10 @@ fn cell(
         };
         if !wrong.is_empty() {
             let log = stage.agent.log();
-            let from = log.rfind("run begins").unwrap_or_default();
-            let tail: Vec<&str> = log[from..].lines().take(40).collect();
+            // The run that broke, and the one after it.
+            let last = log.rfind("run begins").unwrap_or_default();
+            let from = log[..last].rfind("run begins").unwrap_or(last);
+            let tail: Vec<&str> = log[from..].lines().take(60).collect();
             wrong.push(format!("the agent said:\n{}", tail.join("\n")));
         }
         Ok((wrong, recovery))

@@ -80,6 +80,21 @@ impl Lab {
     }
 }
 
+/// Fills what is free in a folder with a file `filler`.
+///
+/// # Errors
+/// When the file cannot be made.
+pub fn fill(folder: &Path) -> Result<PathBuf> {
+    use std::io::Write as _;
+    let path = folder.join("filler");
+    let mut filler = fs::File::create(&path)?;
+    // Large pieces first: whoever waits for room does not win a race against them.
+    for piece in [1 << 20, 1 << 16, 1 << 12] {
+        while filler.write_all(&vec![1; piece]).is_ok() {}
+    }
+    Ok(path)
+}
+
 impl Drop for Mount {
     fn drop(&mut self) {
         let folder = self.folder.display().to_string();
@@ -151,10 +166,7 @@ impl SmallPool {
     /// # Errors
     /// When the file cannot be made.
     pub fn fill(&self) -> Result<()> {
-        use std::io::Write as _;
-        let mut filler = fs::File::create(self.mount.folder.join("filler"))?;
-        while filler.write_all(&[1; 4096]).is_ok() {}
-        Ok(())
+        fill(&self.mount.folder).map(drop)
     }
 }
 

@@ -11,13 +11,13 @@ use vmsnap_tests::{
 fn whatever_breaks_in_the_middle_the_guest_runs_with_whole_disks_and_the_run_can_be_read()
 -> Result<()> {
     let lab = Lab::from_env()?;
-    // A new part of the whole every day, and the same one all day.
-    let since = std::time::SystemTime::UNIX_EPOCH.elapsed()?;
     let report = run_contract(
         &lab,
         &Choice {
             one_in: 40,
-            seed: usize::try_from(since.as_secs() / 86_400)?,
+            // The same part every time, so that a change of its result is the
+            // product's; `cargo xtask soak` runs all.
+            seed: 0,
             only: String::new(),
         },
     )?;

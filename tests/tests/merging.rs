@@ -10,6 +10,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::BufRead as _,
     path::Path,
     process::Stdio,
     thread,
@@ -1259,6 +1260,109 @@ fn a_limit_is_kept_and_a_run_that_is_out_of_time_finishes_the_merge_it_is_in() -
     for number in 1..=2_u8 {
         assert!(domain.has_pattern("vda", number, place(number), long)?);
     }
+    assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
+    domain.check("vda")
+}
+
+/// Has QEMU copy slowly as soon as it copies for libvirt's own delete: asked over
+/// and over, because such a merge may take less than a second.
+struct SlowDown(std::process::Child);
+
+impl SlowDown {
+    fn begin(domain: &Domain, node: u32) -> Result<Self> {
+        let ask = serde_json::json!({
+            "execute": "block-job-set-speed",
+            "arguments": {"device": format!("commit-vda-libvirt-{node}-format"), "speed": MIB},
+        });
+        let line = format!("qemu-monitor-command {} '{ask}'\n", domain.name);
+        let script = domain.lab.folder.join(format!("{}.virsh", domain.name));
+        fs::write(&script, line.repeat(20_000))?;
+        let mut virsh = domain.lab.command("virsh");
+        virsh
+            .args(["-q", "-c", "qemu:///session"])
+            .stdin(fs::File::open(&script)?)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        fs::remove_file(script)?;
+        Ok(Self(virsh.spawn()?))
+    }
+
+    fn wait(mut self) -> Result<()> {
+        let said = self.0.stdout.take().context("what virsh says")?;
+        let mut lines = std::io::BufReader::new(said).lines();
+        let slow = lines.any(|line| line.is_ok_and(|line| line.contains(r#""return":{}"#)));
+        ensure!(slow, "no merge was seen");
+        Ok(())
+    }
+}
+
+impl Drop for SlowDown {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_cancelled_run_gives_up_the_merge_that_it_is_in_and_the_vm_goes_on_as_before() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec {
+        disk_mib: 512,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    let long = 400 * MIB;
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    domain.write_pattern("vda", 1, 0, long)?;
+    agent.vmsnap(&["create", name, "e2"])?.result()?;
+    domain.write_pattern("vda", 2, long, 40 * MIB)?;
+    // Inside libvirt's own delete, and in one that the agent drives.
+    for (words, first, second) in [
+        (vec!["cleanup", name, "e1"], "e1", "whole"),
+        (
+            vec!["commit", name, "e2", "--bandwidth", "2M"],
+            "e2",
+            "torn",
+        ),
+    ] {
+        let slow = (first == "e1").then(|| SlowDown::begin(&domain, 2));
+        let mut command = agent.cli(&words)?;
+        let caller =
+            thread::spawn(move || command::run(&mut command, None, Duration::from_secs(60)));
+        if let Some(slow) = slow {
+            slow?.wait()?;
+        } else {
+            eventually(Duration::from_secs(20), "merge", || {
+                let job = domain.virsh("blockjob", &["vda", "--raw"]);
+                job.is_ok_and(|job| job.contains("Commit"))
+            })?;
+        }
+        let log = agent.vmsnap(&["log", name])?;
+        let run = log.document()?["workflows"][0]["id"].clone();
+        let began = Instant::now();
+        let cancelled = agent.vmsnap(&["cancel", run.as_str().context("the run")?])?;
+        assert_eq!(cancelled.status, 0, "{}", cancelled.said);
+        let told = caller
+            .join()
+            .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
+        assert!(began.elapsed() < Duration::from_secs(10));
+        let told = told.complaint();
+        assert!(told.contains("given up before its end"), "{told}");
+        assert!(told.contains("deleting it again finishes"), "{told}");
+        let log = agent.vmsnap(&["log", name])?;
+        assert_eq!(log.document()?["workflows"][0]["state"], "cancelled");
+        assert_eq!(domain.state()?, "running");
+        assert_eq!(domain.chain("vda")?.len(), 3);
+        assert_eq!(domain.snapshots()?, ["e1", "e2"]);
+        assert_eq!(domain.virsh("blockjob", &["vda", "--raw"])?.trim(), "");
+        healths(&agent, &domain, &[("e1", "torn"), ("e2", second)])?;
+    }
+    assert!(domain.has_pattern("vda", 1, 0, long)?);
+    let words = ["cleanup", name, "e1", "--children", "delete"];
+    agent.vmsnap(&words)?.result()?;
+    assert!(domain.has_pattern("vda", 1, 0, long)?);
+    assert!(domain.has_pattern("vda", 2, long, 40 * MIB)?);
     assert_eq!(domain.files()?, [format!("{name}.qcow2")]);
     domain.check("vda")
 }

@@ -8,6 +8,7 @@ mod apt;
 mod bench;
 mod fuzz;
 mod package;
+mod packages;
 mod python;
 mod run;
 mod setup;
@@ -67,17 +68,35 @@ enum Verb {
     /// many snapshots beside virsh.
     Bench,
     /// Build what is handed out: the collection's tarball and the command line,
-    /// for hosts with glibc 2.17 or newer.
+    /// for hosts with glibc 2.17 or newer, and the agent as .deb and .rpm.
     Package {
         /// Only the collection with this host's own build, installed for tests.
         #[arg(long)]
         native: bool,
     },
+    /// Package programs that are built already, for the tests of the packages.
+    #[command(hide = true)]
+    AgentPackages {
+        /// The folder in which they lie.
+        #[arg(long)]
+        programs: PathBuf,
+        /// The version that the packages get.
+        #[arg(long)]
+        version: String,
+        /// Where the packages go.
+        #[arg(long)]
+        into: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = setup::run(arguments.yes).and_then(|()| match arguments.command {
+    // What a test calls finds everything in place.
+    let ready = match arguments.command {
+        Verb::AgentPackages { .. } => Ok(()),
+        _ => setup::run(arguments.yes),
+    };
+    let result = ready.and_then(|()| match arguments.command {
         Verb::Setup => Ok(()),
         Verb::Demo => demo(),
         Verb::Test { runner } => test(&runner),
@@ -86,6 +105,11 @@ fn main() -> ExitCode {
         Verb::Bench => bench::run(),
         Verb::Package { native: false } => package::publish(),
         Verb::Package { native: true } => build().and_then(|()| package::install_native()),
+        Verb::AgentPackages {
+            programs,
+            version,
+            into,
+        } => packages::build_all(&programs, &version, &into, false),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

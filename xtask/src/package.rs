@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    checkout, python,
+    checkout, packages, python,
     run::{command, say, step},
     setup, target,
 };
@@ -62,7 +62,7 @@ pub fn publish() -> Result<()> {
         "built: {} and the command line beside it",
         tarball.display()
     ));
-    Ok(())
+    packages::publish()
 }
 
 /// Packages the collection with the module of `cargo build --workspace` and
@@ -128,7 +128,7 @@ fn galaxy(words: &[&str]) -> std::process::Command {
 }
 
 /// Copies an executable to a new file, so that one that runs now keeps its own.
-fn place(from: &Path, to: &Path) -> Result<()> {
+pub fn place(from: &Path, to: &Path) -> Result<()> {
     let fresh = to.with_extension("new");
     let put = || {
         if let Some(folder) = to.parent() {
@@ -142,7 +142,7 @@ fn place(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Copies a folder; links stay links.
-fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     let copy = || -> std::io::Result<Vec<(PathBuf, PathBuf)>> {
         fs::create_dir_all(to)?;
         let mut folders = Vec::new();
@@ -189,19 +189,26 @@ fn check_glibc(program: &Path) -> Result<()> {
 
 /// The newest version of glibc's symbols that a program names.
 fn newest_glibc(program: &[u8]) -> Option<(u32, u32)> {
-    const MARK: &[u8] = b"GLIBC_";
+    let newest = newest_symbol(program, b"GLIBC_")?;
+    Some((*newest.first()?, *newest.get(1)?))
+}
+
+/// The newest version of a library's symbols that a program names, such as 2.17
+/// in `GLIBC_2.17`.
+pub fn newest_symbol(program: &[u8], mark: &[u8]) -> Option<Vec<u32>> {
     program
-        .windows(MARK.len())
+        .windows(mark.len())
         .enumerate()
-        .filter(|(_, window)| *window == MARK)
+        .filter(|(_, window)| *window == mark)
         .filter_map(|(at, _)| {
-            let rest = &program[at + MARK.len()..];
+            let rest = &program[at + mark.len()..];
             let end = rest
                 .iter()
                 .position(|byte| !byte.is_ascii_digit() && *byte != b'.')?;
             let version = std::str::from_utf8(&rest[..end]).ok()?;
-            let mut parts = version.split('.').map(|part| part.parse().ok());
-            Some((parts.next()??, parts.next()??))
+            let parts: Option<Vec<u32>> =
+                version.split('.').map(|part| part.parse().ok()).collect();
+            parts.filter(|parts| parts.len() > 1)
         })
         .max()
 }

@@ -36,6 +36,10 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("depmod", "kmod"),
     ("ssh", "openssh-clients"),
     ("sshd", "openssh-server"),
+    ("systemd-analyze", "systemd"),
+    ("dpkg-deb", "dpkg"),
+    ("rpmbuild", "rpm-build"),
+    ("promtool", "golang-github-prometheus"),
 ];
 
 /// Sets everything up.

@@ -248,7 +248,7 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
             for (index, _) in self.state.open_holds().into_iter().rev() {
                 let step = &F::steps(plan)[index];
                 if self.undo(index, step).await.is_err() {
-                    tracing::error!(step = step.name(), "a hold could not be released");
+                    tracing::error!(step = step.name(), "a hold may not be released");
                 }
             }
         }

@@ -11,16 +11,17 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, Once, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::sync::{broadcast, watch};
 use virt::{connect::Connect, domain::Domain};
 
 use crate::{
+    counters,
     error::{Error, ErrorKind, Fault},
     events::{self, DomainEvent},
-    lanes::{Call, Lane, Lanes},
+    lanes::{Asks, Call, LANES, Lane, Lanes, OverdueCall},
     options::Options,
 };
 
@@ -28,6 +29,8 @@ use crate::{
 const EVENTS: usize = 1024;
 /// Pause between two tries to connect, growing to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// How long libvirt may be away before somebody has to act.
+const ALARM: Duration = Duration::from_secs(60);
 
 /// Whether libvirt is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +41,8 @@ pub enum LinkStatus {
     Down {
         /// libvirt's words.
         why: String,
+        /// Since when.
+        since: SystemTime,
     },
 }
 
@@ -68,11 +73,15 @@ impl fmt::Debug for Hypervisor {
     }
 }
 
+type Slots = Arc<[Mutex<Option<Connect>>; LANES]>;
+
 pub(crate) struct Inner {
     pub options: Options,
     lanes: Lanes,
-    slots: Arc<[Mutex<Option<Connect>>; 3]>,
+    slots: Slots,
     status: watch::Sender<LinkStatus>,
+    /// Since when libvirt is not there.
+    down: Arc<Mutex<Option<Instant>>>,
     events: broadcast::Sender<DomainEvent>,
     /// Snapshot XML by domain, name and creation time.
     pub snapshot_cache: crate::snapshot::Cache,
@@ -84,7 +93,7 @@ impl Drop for Inner {
         // Closing the channel tells the keeper to end.
         lock(&self.keeper).take();
         for slot in self.slots.iter() {
-            discard(lock(slot).take());
+            discard_aside(lock(slot).take());
         }
     }
 }
@@ -98,6 +107,23 @@ fn discard(connection: Option<Connect>) {
     if catch_unwind(AssertUnwindSafe(|| drop(connection))).is_err() {
         tracing::debug!("closing a broken connection failed");
     }
+}
+
+/// Drops a connection on a thread of its own: closing waits for a hung daemon.
+fn discard_aside(connection: Option<Connect>) {
+    if connection.is_none() {
+        return;
+    }
+    let dropping = thread::Builder::new().spawn(move || discard(connection));
+    if dropping.is_err() {
+        tracing::warn!("no thread to close a connection");
+    }
+}
+
+/// Drops the connection in a slot; whoever opens the next one does not wait for that.
+fn empty(slot: &Mutex<Option<Connect>>) {
+    let old = lock(slot).take();
+    discard(old);
 }
 
 /// Starts libvirt's event loop on a thread of its own, once a process.
@@ -139,17 +165,12 @@ impl Hypervisor {
     /// When libvirt cannot be reached at the URI within the connect deadline.
     pub async fn connect(options: Options) -> Result<Self, Error> {
         start_event_loop();
-        let slots: Arc<[Mutex<Option<Connect>>; 3]> = Arc::default();
+        let slots: Slots = Arc::default();
         let lanes = {
             let slots = slots.clone();
             Lanes::new(options.queue_deadline, move |lane| {
                 // The late call keeps its own reference to the old connection.
-                // Dropped on a thread: closing may block on a hung daemon.
-                let old = lock(&slots[lane.index()]).take();
-                let dropping = thread::Builder::new().spawn(move || discard(old));
-                if dropping.is_err() {
-                    tracing::warn!("no thread to close a late connection");
-                }
+                discard_aside(lock(&slots[lane.index()]).take());
             })
         };
         let hypervisor = Self(Arc::new(Inner {
@@ -157,7 +178,9 @@ impl Hypervisor {
             slots,
             status: watch::Sender::new(LinkStatus::Down {
                 why: "not connected yet".into(),
+                since: SystemTime::now(),
             }),
+            down: Arc::new(Mutex::new(Some(Instant::now()))),
             events: broadcast::Sender::new(EVENTS),
             snapshot_cache: crate::snapshot::Cache::default(),
             keeper: Mutex::new(None),
@@ -169,6 +192,8 @@ impl Hypervisor {
             subject: uri,
             scope: None,
             deadline: hypervisor.0.options.connect_deadline,
+            changes: false,
+            asks: Asks::Nothing,
         };
         hypervisor
             .0
@@ -190,9 +215,10 @@ impl Hypervisor {
     fn keep(&self) {
         let (keeper, ended) = std::sync::mpsc::channel::<()>();
         *lock(&self.0.keeper) = Some(keeper);
-        let (options, status, events, slots) = (
+        let (options, status, down, events, slots) = (
             self.0.options.clone(),
             self.0.status.clone(),
+            self.0.down.clone(),
             self.0.events.clone(),
             self.0.slots.clone(),
         );
@@ -200,12 +226,18 @@ impl Hypervisor {
             .name("libvirt-keeper".into())
             .spawn(move || {
                 let mut pause = BACKOFF.0;
+                let mut outage: Option<Outage> = None;
                 loop {
                     let why = match open(&options) {
                         Ok(connection) => {
                             let (closed, told) = std::sync::mpsc::channel::<String>();
                             events::register(&connection, &events, closed);
+                            *lock(&down) = None;
                             status.send_replace(LinkStatus::Up);
+                            tracing::debug!("libvirt's events are registered");
+                            if let Some(outage) = outage.take() {
+                                outage.over();
+                            }
                             pause = BACKOFF.0;
                             let why = loop {
                                 match told.recv_timeout(Duration::from_millis(500)) {
@@ -222,17 +254,22 @@ impl Hypervisor {
                                     return;
                                 }
                             };
-                            discard(Some(connection));
+                            // Told before the old connections are closed, which may wait.
+                            lock(&down).get_or_insert_with(Instant::now);
+                            let since = outage.get_or_insert_with(Outage::begin).since;
+                            let words = why.clone();
+                            status.send_replace(LinkStatus::Down { why: words, since });
+                            discard_aside(Some(connection));
                             // The others' sockets are to the same dead daemon.
                             for slot in slots.iter() {
-                                discard(lock(slot).take());
+                                discard_aside(lock(slot).take());
                             }
                             why
                         }
                         Err(fault) => fault.detail,
                     };
-                    tracing::warn!(%why, "the connection to libvirt is down");
-                    status.send_replace(LinkStatus::Down { why });
+                    let since = outage.get_or_insert_with(Outage::begin).goes_on(&why);
+                    status.send_replace(LinkStatus::Down { why, since });
                     if ended.recv_timeout(pause)
                         == Err(std::sync::mpsc::RecvTimeoutError::Disconnected)
                     {
@@ -262,6 +299,18 @@ impl Hypervisor {
     #[must_use]
     pub fn overdue(&self) -> usize {
         self.0.lanes.late()
+    }
+
+    /// The same, one by one, the oldest first.
+    #[must_use]
+    pub fn overdue_calls(&self) -> Vec<OverdueCall> {
+        self.0.lanes.late_calls()
+    }
+
+    /// Calls that libvirt has now, those past their deadline included.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.0.lanes.in_flight()
     }
 
     /// Waits until no call on this domain is past its deadline any more.
@@ -304,11 +353,11 @@ impl Hypervisor {
                 subject: subject.clone(),
                 scope: scope.map(str::to_owned),
                 deadline: self.0.options.read_deadline,
+                changes: false,
+                asks: Asks::Nothing,
             };
             let result = self
-                .0
-                .lanes
-                .run(Lane::Read, call, move || {
+                .call(Lane::Read, call, move || {
                     inner.with(Lane::Read, |connection| work(connection))
                 })
                 .await;
@@ -317,6 +366,66 @@ impl Hypervisor {
                 result => return result,
             }
         }
+    }
+
+    /// Makes a call, unless libvirt has been away for so long that it would only
+    /// wait.
+    async fn call<T: Send + 'static>(
+        &self,
+        lane: Lane,
+        call: Call,
+        work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Error> {
+        let away = |call: &Call| call.error(Fault::new(ErrorKind::Unreachable, self.why_down()));
+        if self.0.is_away() {
+            return Err(away(&call));
+        }
+        let asked = call.clone();
+        let result = tokio::select! {
+            result = self.0.lanes.run(lane, call, work) => result,
+            // What it does is known to change nothing: nobody has to wait for the end.
+            () = self.is_gone(), if !asked.changes => return Err(away(&asked)),
+        };
+        match result {
+            // It found no place among those that wait for a daemon that is gone, or
+            // was one of those: only an effect may have come to something.
+            Err(error)
+                if self.0.is_down()
+                    && (*error.kind() == ErrorKind::Busy
+                        || (!asked.changes
+                            && matches!(error.kind(), ErrorKind::Overdue { .. }))) =>
+            {
+                Err(away(&asked))
+            }
+            result => result,
+        }
+    }
+
+    /// Waits until libvirt has been away for longer than a restart takes.
+    async fn is_gone(&self) {
+        let mut status = self.0.status.subscribe();
+        loop {
+            // The sender is in the handle itself.
+            let _ = status.wait_for(|status| *status != LinkStatus::Up).await;
+            if self.0.is_away() {
+                return;
+            }
+            tokio::time::sleep(BACKOFF.0).await;
+        }
+    }
+
+    fn why_down(&self) -> String {
+        match &*self.0.status.borrow() {
+            LinkStatus::Up => String::new(),
+            LinkStatus::Down { why, .. } => why.clone(),
+        }
+    }
+
+    /// Waits until libvirt is there.
+    pub async fn is_there(&self) {
+        let mut status = self.0.status.subscribe();
+        // The sender is in the handle itself.
+        let _ = status.wait_for(|status| *status == LinkStatus::Up).await;
     }
 
     /// A call that is made once.
@@ -335,11 +444,41 @@ impl Hypervisor {
             subject: subject.into(),
             scope: Some(scope.to_owned()),
             deadline,
+            changes: lane != Lane::Read,
+            asks: Asks::Nothing,
         };
-        self.0
-            .lanes
-            .run(lane, call, move || inner.with(lane, work))
-            .await
+        self.call(lane, call, move || inner.with(lane, work)).await
+    }
+
+    /// A call that asks the guest agent of a domain.
+    pub(crate) async fn ask_guest<T: Send + 'static>(
+        &self,
+        asking: Asking,
+        operation: &'static str,
+        name: &str,
+        deadline: Duration,
+        work: impl FnOnce(&Domain) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (inner, wanted) = (self.0.clone(), name.to_owned());
+        let (lane, asks) = match asking {
+            Asking::ToRelease | Asking::AfterRelease => (Lane::Release, Asks::Quick),
+            Asking::ToHold => (Lane::Guest, Asks::Long),
+            Asking::ToRead | Asking::ToChange => (Lane::Guest, Asks::Quick),
+        };
+        let call = Call {
+            operation,
+            subject: subject(name),
+            scope: Some(name.to_owned()),
+            deadline,
+            changes: asking != Asking::ToRead,
+            asks,
+        };
+        self.call(lane, call, move || {
+            inner.with(lane, |connection| {
+                work(&connection.lookup_domain_by_name(&wanted)?)
+            })
+        })
+        .await
     }
 
     /// A reading call on one domain.
@@ -413,12 +552,85 @@ impl Hypervisor {
     }
 }
 
+/// What a guest agent is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asking {
+    /// To tell something.
+    ToRead,
+    /// To change something.
+    ToChange,
+    /// To hold the guest.
+    ToHold,
+    /// To let go of it.
+    ToRelease,
+    /// Whether it let go.
+    AfterRelease,
+}
+
+/// A time without libvirt, told once when it begins and once more when it lasts,
+/// not at every try.
+struct Outage {
+    since: SystemTime,
+    tries: u64,
+    alarmed: bool,
+}
+
+impl Outage {
+    fn begin() -> Self {
+        Self {
+            since: SystemTime::now(),
+            tries: 0,
+            alarmed: false,
+        }
+    }
+
+    fn lasted(&self) -> Duration {
+        self.since.elapsed().unwrap_or_default()
+    }
+
+    /// Tells of it if that is due; since when it lasts.
+    fn goes_on(&mut self, why: &str) -> SystemTime {
+        self.tries += 1;
+        let seconds = self.lasted().as_secs();
+        if self.tries == 1 {
+            tracing::warn!(why, "the connection to libvirt is down");
+        } else if !self.alarmed && self.lasted() >= ALARM {
+            self.alarmed = true;
+            tracing::error!(
+                why,
+                seconds,
+                "libvirt is still not reachable: look whether its daemon runs"
+            );
+        } else {
+            tracing::debug!(why, seconds, "libvirt is not reachable");
+        }
+        self.since
+    }
+
+    fn over(self) {
+        counters::add(&counters::RECONNECTS);
+        tracing::info!(
+            seconds = self.lasted().as_secs(),
+            "libvirt is reachable again"
+        );
+    }
+}
+
 /// A domain as it stands in errors.
 pub(crate) fn subject(name: &str) -> String {
     format!("domain {name}")
 }
 
 impl Inner {
+    fn is_down(&self) -> bool {
+        lock(&self.down).is_some()
+    }
+
+    /// Whether libvirt is gone for longer than a restart takes.
+    fn is_away(&self) -> bool {
+        lock(&self.down).is_some_and(|since| since.elapsed() > self.options.reconnect_grace)
+    }
+
     /// A lane's connection; opens it when there is none, and tries again for
     /// the grace time when libvirt is just being restarted.
     fn connection(&self, lane: Lane) -> Result<Connect, Fault> {
@@ -455,7 +667,7 @@ impl Inner {
     ) -> Result<T, Fault> {
         let mut connection = self.connection(lane)?;
         if !connection.is_alive().unwrap_or(false) {
-            discard(lock(&self.slots[lane.index()]).take());
+            empty(&self.slots[lane.index()]);
             discard(Some(connection));
             connection = self.connection(lane)?;
         }
@@ -466,7 +678,7 @@ impl Inner {
                 ErrorKind::ConnectionLost | ErrorKind::Unreachable
             )
         {
-            discard(lock(&self.slots[lane.index()]).take());
+            empty(&self.slots[lane.index()]);
         }
         discard(Some(connection));
         result

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) static SNAPSHOT_XML: AtomicU64 = AtomicU64::new(0);
 pub(crate) static HEADERS: AtomicU64 = AtomicU64::new(0);
 pub(crate) static QEMU_IMG: AtomicU64 = AtomicU64::new(0);
+pub(crate) static RECONNECTS: AtomicU64 = AtomicU64::new(0);
+pub(crate) static OVERDUE: AtomicU64 = AtomicU64::new(0);
 
 /// Counts since the process began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +17,10 @@ pub struct Counters {
     pub headers: u64,
     /// Runs of `qemu-img`.
     pub qemu_img: u64,
+    /// Times that libvirt came back after its connection was lost.
+    pub reconnects: u64,
+    /// Calls that passed their deadline.
+    pub overdue: u64,
 }
 
 pub(crate) fn add(counter: &AtomicU64) {
@@ -29,5 +35,7 @@ pub fn counters() -> Counters {
         snapshot_xml: read(&SNAPSHOT_XML),
         headers: read(&HEADERS),
         qemu_img: read(&QEMU_IMG),
+        reconnects: read(&RECONNECTS),
+        overdue: read(&OVERDUE),
     }
 }

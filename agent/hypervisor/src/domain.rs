@@ -75,6 +75,13 @@ impl StateReason {
         self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_USER as c_int
     }
 
+    /// Paused, and libvirt does not know why: it was killed in the middle of the
+    /// call that paused it, and found it so when it came back (measured on 11.3).
+    #[must_use]
+    pub fn is_unknown(self) -> bool {
+        self.state == DomainState::Paused && self.code == sys::VIR_DOMAIN_PAUSED_UNKNOWN as c_int
+    }
+
     /// Paused while its memory is loaded or carried away. A revert to memory that
     /// libvirt gave up stays like this, on the very images that the snapshot
     /// needs.
@@ -550,22 +557,43 @@ impl Hypervisor {
     /// When QEMU refuses, or libvirt does not answer.
     pub async fn activate_disks(&self, name: &str) -> Result<(), Error> {
         self.effect("make the disks active of", name, |domain| {
-            let reply = domain.qemu_monitor_command(
-                r#"{"execute":"blockdev-set-active","arguments":{"active":true}}"#,
-                0,
-            )?;
-            let reply: serde_json::Value =
-                serde_json::from_str(&reply).map_err(Fault::malformed)?;
-            match reply.get("error") {
+            let command =
+                serde_json::json!({"execute": "blockdev-set-active", "arguments": {"active": true}});
+            match monitor(domain, &command)? {
                 // QEMU before 9.2 does not know the command, nor leaves nodes
                 // inactive in a way that it could mend.
-                Some(error) if error["class"] == "CommandNotFound" => Ok(()),
-                Some(error) => Err(Fault::new(
-                    crate::ErrorKind::Other,
-                    error["desc"].as_str().unwrap_or_default(),
-                )),
-                None => Ok(()),
+                Err(refused) if refused.unknown => Ok(()),
+                answer => answer.map(|_| ()).map_err(Refused::fault),
             }
+        })
+        .await
+    }
+
+    /// Has QEMU give up the merges of a domain that are still copying, also those
+    /// inside libvirt's own delete, which takes no other way to end: `abortJob`
+    /// says OK there and does nothing, `blockJobAbort` waits for its end (measured
+    /// on libvirt 11.3). The call that began them then fails, and the chain is as
+    /// it was; what was copied stays in the lower image. Whether there were any.
+    ///
+    /// # Errors
+    /// When QEMU refuses, or libvirt does not answer.
+    pub async fn give_up_merges(&self, name: &str) -> Result<bool, Error> {
+        self.release("give up the merges of", name, |domain| {
+            let query = serde_json::json!({"execute": "query-block-jobs"});
+            let jobs = monitor(domain, &query)?.map_err(Refused::fault)?;
+            let mut any = false;
+            for job in jobs.as_array().into_iter().flatten() {
+                if job["type"] != "commit" || job["ready"] == true || job["status"] != "running" {
+                    continue;
+                }
+                let cancel = serde_json::json!({
+                    "execute": "block-job-cancel",
+                    "arguments": {"device": job["device"], "force": true},
+                });
+                // One that ended meanwhile is none to give up.
+                any |= monitor(domain, &cancel)?.is_ok();
+            }
+            Ok(any)
         })
         .await
     }
@@ -576,4 +604,33 @@ impl Hypervisor {
         // before the command's time begins.
         answer + Duration::from_secs(7)
     }
+}
+
+/// What QEMU says against a command.
+struct Refused {
+    /// It does not know the command.
+    unknown: bool,
+    words: String,
+}
+
+impl Refused {
+    fn fault(self) -> Fault {
+        Fault::new(crate::ErrorKind::Other, self.words)
+    }
+}
+
+/// Asks QEMU itself, past libvirt.
+fn monitor(
+    domain: &virt::domain::Domain,
+    command: &serde_json::Value,
+) -> Result<Result<serde_json::Value, Refused>, Fault> {
+    let reply = domain.qemu_monitor_command(&command.to_string(), 0)?;
+    let mut reply: serde_json::Value = serde_json::from_str(&reply).map_err(Fault::malformed)?;
+    Ok(match reply.get("error") {
+        None => Ok(reply["return"].take()),
+        Some(error) => Err(Refused {
+            unknown: error["class"] == "CommandNotFound",
+            words: error["desc"].as_str().unwrap_or_default().to_owned(),
+        }),
+    })
 }

@@ -2,7 +2,8 @@
 //!
 //! Invariants: libvirt's own time limit for the agent is set before each call
 //! that could hang in the guest, and our deadline lies beyond it; thawing and
-//! asking for the status use the lane of releases.
+//! asking for the status use the lane of releases, everything else one of its own,
+//! so that nobody but other questions to guests waits for a guest.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -10,9 +11,8 @@ use serde_json::{Value, json};
 use virt::{domain::Domain, sys};
 
 use crate::{
-    connection::Hypervisor,
+    connection::{Asking, Hypervisor},
     error::{Error, ErrorKind, Fault},
-    lanes::Lane,
 };
 
 /// How long an agent that is well takes at most to answer a simple question.
@@ -78,8 +78,8 @@ impl Hypervisor {
     /// When it does not, or there is none.
     pub async fn agent_ping(&self, name: &str, answer: Duration) -> Result<(), Error> {
         let deadline = Self::agent_deadline(answer);
-        self.on_domain(
-            Lane::Read,
+        self.ask_guest(
+            Asking::ToRead,
             "ping the guest agent of",
             name,
             deadline,
@@ -95,7 +95,7 @@ impl Hypervisor {
     /// When the agent is not there, refuses, or does not answer within `answer`.
     pub async fn freeze(&self, name: &str, answer: Duration) -> Result<u32, Error> {
         let deadline = Self::agent_deadline(answer);
-        self.on_domain(Lane::Effect, "freeze", name, deadline, move |domain| {
+        self.ask_guest(Asking::ToHold, "freeze", name, deadline, move |domain| {
             limit(domain, answer)?;
             // SAFETY: the handle is alive; no mount points means all.
             count(unsafe { sys::virDomainFSFreeze(domain.as_ptr(), std::ptr::null_mut(), 0, 0) })
@@ -108,8 +108,8 @@ impl Hypervisor {
     /// # Errors
     /// When the agent is not there or does not answer.
     pub async fn thaw(&self, name: &str) -> Result<u32, Error> {
-        self.on_domain(
-            Lane::Release,
+        self.ask_guest(
+            Asking::ToRelease,
             "thaw",
             name,
             Self::agent_deadline(ANSWER),
@@ -128,8 +128,8 @@ impl Hypervisor {
     /// When the agent is not there or does not answer.
     pub async fn freeze_status(&self, name: &str) -> Result<FreezeStatus, Error> {
         let deadline = Self::agent_deadline(ANSWER);
-        self.on_domain(
-            Lane::Release,
+        self.ask_guest(
+            Asking::AfterRelease,
             "ask for the freeze status of",
             name,
             deadline,
@@ -154,44 +154,50 @@ impl Hypervisor {
     /// When the agent is not there or does not answer.
     pub async fn guest_info(&self, name: &str) -> Result<GuestInfo, Error> {
         let deadline = Self::agent_deadline(ANSWER) * 3;
-        self.on_domain(Lane::Read, "ask the guest of", name, deadline, |domain| {
-            let question = |what: &str| ask(domain, &json!({"execute": what}), ANSWER);
-            let optional = |what: &str| match question(what) {
-                Ok(value) => Ok(value),
-                // Not every agent knows every question.
-                Err(fault) if fault.kind == ErrorKind::AgentFailed => Ok(Value::Null),
-                Err(fault) => Err(fault),
-            };
-            let text = |value: &Value| value.as_str().map(str::to_owned);
-            let host = optional("guest-get-host-name")?;
-            let os = optional("guest-get-osinfo")?;
-            let interfaces = optional("guest-network-get-interfaces")?;
-            Ok(GuestInfo {
-                hostname: text(&host["host-name"]),
-                os_name: text(&os["pretty-name"])
-                    .or_else(|| text(&os["name"]))
-                    .or_else(|| {
-                        text(&os["kernel-release"]).map(|kernel| format!("Linux {kernel}"))
-                    }),
-                interfaces: interfaces
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .filter_map(|interface| {
-                        Some(GuestInterface {
-                            name: text(&interface["name"])?,
-                            mac: text(&interface["hardware-address"]),
-                            addresses: interface["ip-addresses"]
-                                .as_array()
-                                .into_iter()
-                                .flatten()
-                                .filter_map(|address| text(&address["ip-address"]))
-                                .collect(),
+        self.ask_guest(
+            Asking::ToRead,
+            "ask the guest of",
+            name,
+            deadline,
+            |domain| {
+                let question = |what: &str| ask(domain, &json!({"execute": what}), ANSWER);
+                let optional = |what: &str| match question(what) {
+                    Ok(value) => Ok(value),
+                    // Not every agent knows every question.
+                    Err(fault) if fault.kind == ErrorKind::AgentFailed => Ok(Value::Null),
+                    Err(fault) => Err(fault),
+                };
+                let text = |value: &Value| value.as_str().map(str::to_owned);
+                let host = optional("guest-get-host-name")?;
+                let os = optional("guest-get-osinfo")?;
+                let interfaces = optional("guest-network-get-interfaces")?;
+                Ok(GuestInfo {
+                    hostname: text(&host["host-name"]),
+                    os_name: text(&os["pretty-name"])
+                        .or_else(|| text(&os["name"]))
+                        .or_else(|| {
+                            text(&os["kernel-release"]).map(|kernel| format!("Linux {kernel}"))
+                        }),
+                    interfaces: interfaces
+                        .as_array()
+                        .into_iter()
+                        .flatten()
+                        .filter_map(|interface| {
+                            Some(GuestInterface {
+                                name: text(&interface["name"])?,
+                                mac: text(&interface["hardware-address"]),
+                                addresses: interface["ip-addresses"]
+                                    .as_array()
+                                    .into_iter()
+                                    .flatten()
+                                    .filter_map(|address| text(&address["ip-address"]))
+                                    .collect(),
+                            })
                         })
-                    })
-                    .collect(),
-            })
-        })
+                        .collect(),
+                })
+            },
+        )
         .await
     }
 
@@ -201,15 +207,21 @@ impl Hypervisor {
     /// When the agent is not there, does not answer, or cannot tell.
     pub async fn guest_time(&self, name: &str) -> Result<SystemTime, Error> {
         let deadline = Self::agent_deadline(ANSWER);
-        self.on_domain(Lane::Read, "read the clock of", name, deadline, |domain| {
-            limit(domain, ANSWER)?;
-            let (seconds, nanos) = domain.time(0)?;
-            let since = Duration::new(
-                u64::try_from(seconds).map_err(Fault::malformed)?,
-                u32::try_from(nanos).map_err(Fault::malformed)?,
-            );
-            Ok(UNIX_EPOCH + since)
-        })
+        self.ask_guest(
+            Asking::ToRead,
+            "read the clock of",
+            name,
+            deadline,
+            |domain| {
+                limit(domain, ANSWER)?;
+                let (seconds, nanos) = domain.time(0)?;
+                let since = Duration::new(
+                    u64::try_from(seconds).map_err(Fault::malformed)?,
+                    u32::try_from(nanos).map_err(Fault::malformed)?,
+                );
+                Ok(UNIX_EPOCH + since)
+            },
+        )
         .await
     }
 
@@ -220,8 +232,8 @@ impl Hypervisor {
     pub async fn set_guest_time(&self, name: &str, time: SystemTime) -> Result<(), Error> {
         let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
         let deadline = Self::agent_deadline(ANSWER);
-        self.on_domain(
-            Lane::Effect,
+        self.ask_guest(
+            Asking::ToChange,
             "set the clock of",
             name,
             deadline,

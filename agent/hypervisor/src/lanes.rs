@@ -2,31 +2,44 @@
 //!
 //! libvirtd serves five requests of a connection and twenty in all at a time, and beyond that even an
 //! idle connection gets no answer. Hence the bounds:
-//! - a lane has four calls in flight, all lanes together twelve, of which four are kept for releases;
-//! - one domain (or pool) has two reads, two effects and one release in flight, so that a hung one
-//!   cannot fill a lane;
+//! - a lane has four calls in flight, that of the guests five. All lanes together have seventeen: eight
+//!   reads and effects, four releases, and five that wait for an answer out of a guest;
+//! - one domain (or pool) has two reads, two effects, two questions to its guest and one release in
+//!   flight, so that a hung one cannot fill a lane;
+//! - what is asked of agents that did not answer last time has two places in the guests' lane and two in
+//!   the releases', and freezes of the others have two, too: hooks in the guest take their time. So
+//!   neither holding a guest nor letting it go waits for the agents of others, however many hang;
 //! - a call past its deadline is *late*: its caller gets an answer, the thread goes on, the lane goes on
 //!   over a new connection, and further calls on that domain, releases apart, are refused as busy until
-//!   the late one came back. It stays counted among the twelve until then.
+//!   the late one came back. It stays counted among those in flight until then.
 //!
 //! libvirt keeps its last error per thread: the closure that makes a call also reads the error. The
 //! binding can panic when a handle is dropped: a panic ends at the thread's edge and is an error.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
-use tracing::{debug, warn};
+use tracing::{Instrument as _, Span, debug, warn};
 
+use crate::counters;
 use crate::error::{Error, ErrorKind, Fault};
 use crate::failpoint;
 
 const PER_LANE: usize = 4;
-/// In flight in all, without the releases' own four.
+/// Reads and effects in flight.
 const IN_FLIGHT: usize = 8;
+/// Calls in flight that wait for an answer out of a guest.
+const GUESTS: usize = 5;
+/// Places in a lane for what is asked of agents that did not answer last time.
+const PATIENT: usize = 2;
+/// Places for freezes of agents that answered.
+const FREEZES: usize = 2;
+/// A guest agent that was asked for so long and gave no answer counts as silent.
+const SILENT: Duration = Duration::from_secs(1);
 /// An idle thread ends after this.
 const IDLE: Duration = Duration::from_secs(30);
 /// A late call may be about to come back: that long the next one on the same domain waits for it.
@@ -38,7 +51,12 @@ pub(crate) enum Lane {
     Read,
     Effect,
     Release,
+    /// Waits for an answer out of a guest, and holds nobody that could be let go.
+    Guest,
 }
+
+/// Number of lanes.
+pub(crate) const LANES: usize = 4;
 
 impl Lane {
     pub fn index(self) -> usize {
@@ -54,6 +72,21 @@ pub(crate) struct Call {
     /// The domain or pool that a hang of this call would belong to.
     pub scope: Option<String>,
     pub deadline: Duration,
+    /// It changes something.
+    pub changes: bool,
+    /// It asks the domain's guest agent.
+    pub asks: Asks,
+}
+
+/// What a call wants of a guest agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asks {
+    /// Nothing.
+    Nothing,
+    /// What an agent that is well answers at once.
+    Quick,
+    /// What may take its time: a freeze runs the guest's own hooks.
+    Long,
 }
 
 impl Call {
@@ -66,9 +99,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A call past its deadline that libvirt has not answered yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OverdueCall {
+    /// What it does, such as `resume`.
+    pub operation: &'static str,
+    /// To what, such as `domain web1`.
+    pub subject: String,
+    /// When it was made.
+    pub since: Instant,
+}
+
+/// Calls of all lanes that are late.
+type Late = Mutex<Vec<OverdueCall>>;
+
 /// The places that one domain or pool has in the lanes.
 struct Gate {
-    lanes: [Arc<Semaphore>; 3],
+    lanes: [Arc<Semaphore>; LANES],
+    /// The guest agent did not answer last time.
+    silent: AtomicBool,
     late: Mutex<Vec<(&'static str, Instant)>>,
     settled: Notify,
 }
@@ -77,7 +126,8 @@ impl Gate {
     fn new() -> Self {
         let places = |n| Arc::new(Semaphore::new(n));
         Self {
-            lanes: [places(2), places(2), places(1)],
+            lanes: [places(2), places(2), places(1), places(2)],
+            silent: AtomicBool::new(false),
             late: Mutex::default(),
             settled: Notify::new(),
         }
@@ -115,18 +165,23 @@ enum Phase {
 /// One call between its thread and whoever watches its deadline.
 struct Ticket {
     phase: Mutex<Phase>,
-    operation: &'static str,
-    since: Instant,
+    call: OverdueCall,
+    /// It asks the guest agent.
+    asks: bool,
     gate: Option<Arc<Gate>>,
 }
 
 /// Threads, bounds and late calls of all lanes.
 pub(crate) struct Lanes {
-    lanes: [Arc<Semaphore>; 3],
+    lanes: [Arc<Semaphore>; LANES],
     in_flight: Arc<Semaphore>,
     release_in_flight: Arc<Semaphore>,
+    guest_in_flight: Arc<Semaphore>,
+    patient: Arc<Semaphore>,
+    freezes: Arc<Semaphore>,
+    patient_release: Arc<Semaphore>,
     gates: Mutex<HashMap<String, Arc<Gate>>>,
-    late: Arc<AtomicUsize>,
+    late: Arc<Late>,
     queue_deadline: Duration,
     on_late: Arc<dyn Fn(Lane) + Send + Sync>,
     threads: Arc<Threads>,
@@ -137,9 +192,13 @@ impl Lanes {
     pub fn new(queue_deadline: Duration, on_late: impl Fn(Lane) + Send + Sync + 'static) -> Self {
         let places = |n| Arc::new(Semaphore::new(n));
         Self {
-            lanes: [places(PER_LANE), places(PER_LANE), places(PER_LANE)],
+            lanes: [PER_LANE, PER_LANE, PER_LANE, GUESTS].map(places),
             in_flight: places(IN_FLIGHT),
             release_in_flight: places(PER_LANE),
+            guest_in_flight: places(GUESTS),
+            patient: places(PATIENT),
+            freezes: places(FREEZES),
+            patient_release: places(PATIENT),
             gates: Mutex::default(),
             late: Arc::default(),
             queue_deadline,
@@ -150,7 +209,22 @@ impl Lanes {
 
     /// Calls past their deadline that libvirt has not answered yet.
     pub fn late(&self) -> usize {
-        self.late.load(Ordering::Relaxed)
+        lock(&self.late).len()
+    }
+
+    /// The same, one by one, the oldest first.
+    pub fn late_calls(&self) -> Vec<OverdueCall> {
+        let mut calls = lock(&self.late).clone();
+        calls.sort_by_key(|call| call.since);
+        calls
+    }
+
+    /// Calls that libvirt has now, late ones included.
+    pub fn in_flight(&self) -> usize {
+        let free = self.in_flight.available_permits()
+            + self.release_in_flight.available_permits()
+            + self.guest_in_flight.available_permits();
+        (IN_FLIGHT + 2 * PER_LANE).saturating_sub(free)
     }
 
     /// Waits until no call on `scope` is late.
@@ -187,13 +261,24 @@ impl Lanes {
             {
                 refuse_if_late(gate)?;
             }
+            let silent = gate
+                .as_ref()
+                .is_some_and(|gate| gate.silent.load(Ordering::Relaxed));
+            let patient = match (call.asks, lane) {
+                (Asks::Nothing, _) => None,
+                (Asks::Quick, _) if !silent => None,
+                (Asks::Long, _) if !silent => Some(acquire(&self.freezes).await?),
+                (_, Lane::Release) => Some(acquire(&self.patient_release).await?),
+                _ => Some(acquire(&self.patient).await?),
+            };
             let in_lane = acquire(&self.lanes[lane.index()]).await?;
             let in_all = acquire(match lane {
                 Lane::Release => &self.release_in_flight,
+                Lane::Guest => &self.guest_in_flight,
                 Lane::Read | Lane::Effect => &self.in_flight,
             })
             .await?;
-            Ok((in_lane, (place, in_all)))
+            Ok((in_lane, (place, patient, in_all)))
         };
         let (in_lane, held) = match tokio::time::timeout(self.queue_deadline, turn).await {
             Ok(turn) => turn.map_err(|fault| call.error(fault))?,
@@ -207,7 +292,7 @@ impl Lanes {
             }
         };
 
-        if lane != Lane::Read {
+        if call.changes {
             debug!(
                 operation = call.operation,
                 subject = call.subject,
@@ -216,26 +301,33 @@ impl Lanes {
         }
         let ticket = Arc::new(Ticket {
             phase: Mutex::new(Phase::InFlight),
-            operation: call.operation,
-            since: Instant::now(),
+            call: OverdueCall {
+                operation: call.operation,
+                subject: call.subject.clone(),
+                since: Instant::now(),
+            },
+            asks: call.asks != Asks::Nothing,
             gate,
         });
         let (answer, answered) = oneshot::channel();
-        let effect = (lane != Lane::Read).then_some(call.operation);
+        let effect = call.changes.then_some(call.operation);
         let work = move || match effect {
             Some(operation) => failpoint::effect(operation, work),
             None => work(),
         };
         let job = {
-            let (ticket, late, subject) = (ticket.clone(), self.late.clone(), call.subject.clone());
+            let (ticket, late) = (ticket.clone(), self.late.clone());
+            // The thread's lines belong to the run whose call it makes.
+            let span = Span::current();
             Box::new(move || {
+                let _within = span.enter();
                 let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
                     Err(Fault::new(
                         ErrorKind::CallPanicked,
                         panic_words(panic.as_ref()),
                     ))
                 });
-                ticket.came_back(&late, &subject, result.as_ref().err());
+                ticket.came_back(&late, result.as_ref().err());
                 // The places are free before the caller goes on: its next call finds them.
                 drop(held);
                 let _ = answer.send(result);
@@ -248,7 +340,7 @@ impl Lanes {
 
         // A task of its own, so that a caller that goes away does not leave the deadline unwatched.
         let (late, on_late, deadline) = (self.late.clone(), self.on_late.clone(), call.deadline);
-        let watch = tokio::spawn(async move {
+        let watching = async move {
             let mut answered = answered;
             let result = match tokio::time::timeout(deadline, &mut answered).await {
                 Ok(result) => result,
@@ -267,8 +359,8 @@ impl Lanes {
                     "the call's thread ended early",
                 ))
             })
-        });
-        let result = watch
+        };
+        let result = tokio::spawn(watching.instrument(Span::current()))
             .await
             .unwrap_or_else(|_| Err(Fault::new(ErrorKind::Other, "the runtime is shutting down")));
         result.map_err(|fault| call.error(fault))
@@ -308,30 +400,45 @@ fn panic_words(panic: &(dyn std::any::Any + Send)) -> String {
 
 impl Ticket {
     /// The deadline passed. False when the call came back first.
-    fn overrun(&self, late: &AtomicUsize) -> bool {
+    fn overrun(&self, late: &Late) -> bool {
         let mut phase = lock(&self.phase);
         if *phase != Phase::InFlight {
             return false;
         }
         *phase = Phase::Late;
-        late.fetch_add(1, Ordering::Relaxed);
+        lock(late).push(self.call.clone());
+        counters::add(&counters::OVERDUE);
         if let Some(gate) = &self.gate {
-            lock(&gate.late).push((self.operation, self.since));
+            lock(&gate.late).push((self.call.operation, self.call.since));
         }
+        warn!(
+            operation = self.call.operation,
+            subject = self.call.subject,
+            seconds = self.call.since.elapsed().as_secs(),
+            "libvirt has not answered a call within its deadline"
+        );
         true
     }
 
-    fn came_back(&self, late: &AtomicUsize, subject: &str, fault: Option<&Fault>) {
+    fn came_back(&self, late: &Late, fault: Option<&Fault>) {
+        if let (true, Some(gate)) = (self.asks, &self.gate) {
+            let silent = fault.is_some() && self.call.since.elapsed() >= SILENT;
+            gate.silent.store(silent, Ordering::Relaxed);
+        }
         let mut phase = lock(&self.phase);
         if std::mem::replace(&mut *phase, Phase::Done) != Phase::Late {
             return;
         }
-        late.fetch_sub(1, Ordering::Relaxed);
+        let mut all = lock(late);
+        if let Some(at) = all.iter().position(|call| *call == self.call) {
+            all.swap_remove(at);
+        }
+        drop(all);
         if let Some(gate) = &self.gate {
             let mut calls = lock(&gate.late);
             if let Some(at) = calls
                 .iter()
-                .position(|call| *call == (self.operation, self.since))
+                .position(|call| *call == (self.call.operation, self.call.since))
             {
                 calls.swap_remove(at);
             }
@@ -339,9 +446,9 @@ impl Ticket {
             gate.settled.notify_waiters();
         }
         warn!(
-            operation = self.operation,
-            subject,
-            seconds = self.since.elapsed().as_secs(),
+            operation = self.call.operation,
+            subject = self.call.subject,
+            seconds = self.call.since.elapsed().as_secs(),
             failed = fault.map(|fault| fault.to_string()),
             "a call past its deadline came back"
         );

@@ -12,6 +12,16 @@ fn call(scope: &str, deadline: Duration) -> Call {
         subject: format!("domain {scope}"),
         scope: Some(scope.to_owned()),
         deadline,
+        changes: false,
+        asks: Asks::Nothing,
+    }
+}
+
+/// A question to a guest agent.
+fn question(scope: &str, asks: Asks) -> Call {
+    Call {
+        asks,
+        ..call(scope, LONG)
     }
 }
 
@@ -136,4 +146,85 @@ async fn a_caller_that_goes_away_does_not_leave_its_call_uncounted() {
     drop(release);
     lanes.settled("web").await;
     assert_eq!(lanes.late(), 0);
+}
+
+/// Asks an agent that hangs for longer than `SILENT`, and then gives up, as libvirt does.
+async fn unanswered(lanes: &Lanes, lane: Lane, scope: &str) {
+    let fault = lanes.run(lane, question(scope, Asks::Quick), || {
+        std::thread::sleep(SILENT + Duration::from_millis(100));
+        Err::<(), _>(Fault::new(ErrorKind::AgentTimeout, ""))
+    });
+    assert_eq!(
+        *fault.await.expect_err("no answer").kind(),
+        ErrorKind::AgentTimeout
+    );
+}
+
+#[tokio::test]
+async fn silent_agents_leave_places_to_those_that_answer_in_every_lane() {
+    let lanes = Arc::new(Lanes::new(LONG, |_| {}));
+    for lane in [Lane::Release, Lane::Guest] {
+        // Each is known to be silent from here on.
+        let first = (0..PER_LANE).map(|n| {
+            let lanes = lanes.clone();
+            tokio::spawn(async move { unanswered(&lanes, lane, &format!("silent{n}")).await })
+        });
+        for one in first.collect::<Vec<_>>() {
+            one.await.expect("it fails as it should");
+        }
+        let hanging: Vec<_> = (0..25)
+            .map(|n| {
+                let lanes = lanes.clone();
+                let scope = format!("silent{}", n % PER_LANE);
+                tokio::spawn(async move { unanswered(&lanes, lane, &scope).await })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let since = Instant::now();
+        for n in 0..5 {
+            let well = question(&format!("well{n}"), Asks::Quick);
+            assert_eq!(lanes.run(lane, well, move || Ok(n)).await, Ok(n));
+            let freeze = question(&format!("well{n}"), Asks::Long);
+            assert_eq!(lanes.run(Lane::Guest, freeze, || Ok(())).await, Ok(()));
+        }
+        assert!(since.elapsed() < SILENT / 2, "{:?}", since.elapsed());
+        hanging.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+#[tokio::test]
+async fn freezes_that_hang_hold_up_neither_effects_nor_questions_nor_releases() {
+    let lanes = Arc::new(Lanes::new(LONG, |_| {}));
+    let (release, hung) = mpsc::channel::<()>();
+    let hung = Arc::new(Mutex::new(hung));
+    let freezing: Vec<_> = (0..25)
+        .map(|n| {
+            let (lanes, hung) = (lanes.clone(), hung.clone());
+            tokio::spawn(async move {
+                let freeze = question(&format!("vm{n}"), Asks::Long);
+                let hang = move || {
+                    let _ = lock(&hung).recv();
+                    Ok(())
+                };
+                lanes.run(Lane::Guest, freeze, hang).await
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    for (lane, asks) in [
+        (Lane::Read, Asks::Nothing),
+        (Lane::Effect, Asks::Nothing),
+        (Lane::Release, Asks::Quick),
+        (Lane::Guest, Asks::Quick),
+    ] {
+        let next = tokio::time::timeout(
+            Duration::from_secs(2),
+            lanes.run(lane, question("next", asks), || Ok(())),
+        );
+        assert_eq!(next.await, Ok(Ok(())), "{lane:?}");
+    }
+    drop(release);
+    for freeze in freezing {
+        assert_eq!(freeze.await.expect("no panic"), Ok(()));
+    }
 }

@@ -43,7 +43,8 @@ impl Default for Options {
             release_deadline: Duration::from_secs(30),
             queue_deadline: Duration::from_secs(30),
             reconnect_grace: Duration::from_secs(8),
-            keepalive_interval: 5,
+            // Before the shortest of the deadlines: a hung daemon is told from a slow call.
+            keepalive_interval: 3,
             keepalive_count: 4,
         }
     }

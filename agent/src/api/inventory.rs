@@ -5,6 +5,7 @@ use vmsnap_proto::v1::{self, inventory_service_server::InventoryService};
 
 use super::{access, errors, paging, reply, veil::Veil, workflow};
 use crate::{
+    operate::health,
     planning::{Fault, actions::kind::version, request::DEFAULT_POOL},
     trust::Role,
     workflows::Workflows,
@@ -37,6 +38,20 @@ impl InventoryService for Service {
             uri: info.uri,
             can_revert_external: host.reverts_external(),
             can_delete_external: host.deletes_external(),
+        }))
+    }
+
+    async fn get_health(
+        &self,
+        _: Request<v1::GetHealthRequest>,
+    ) -> Result<Response<v1::GetHealthResponse>, Status> {
+        let standing = self.0.standing().await;
+        Ok(Response::new(v1::GetHealthResponse {
+            problems: health::problems(&standing)
+                .into_iter()
+                .map(reply::problem)
+                .collect(),
+            open_workflows: u32::try_from(standing.open.len()).unwrap_or(u32::MAX),
         }))
     }
 

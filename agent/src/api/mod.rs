@@ -16,4 +16,4 @@ pub mod spec;
 mod veil;
 mod workflow;
 
-pub use server::{Bound, Endpoints};
+pub use server::{Bound, Endpoints, Handed, group_id_of, open_socket};

@@ -1,6 +1,7 @@
 //! What planning and the journal know, as it goes over the wire.
 
 use jiff::Timestamp;
+use tonic::Status;
 use vmsnap_engine::{Closing, Hold, Step as _};
 use vmsnap_proto::v1;
 
@@ -8,6 +9,7 @@ use super::errors;
 use crate::{
     flow::Record,
     journal::{Caller, RunRow, RunStatus, Stamped},
+    operate::health,
     planning::{
         Done, Facts, Outcome, Plan, Step, Warning,
         actions::{checks, revert},
@@ -25,6 +27,31 @@ pub fn timestamp(time: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: time.as_second(),
         nanos: time.subsec_nanosecond(),
+    }
+}
+
+/// Something that is wrong.
+#[must_use]
+pub fn problem(problem: health::Problem) -> v1::HealthProblem {
+    let kind = match problem.kind {
+        health::Kind::GuestHeld => v1::HealthProblemKind::GuestHeld,
+        health::Kind::RunStuck => v1::HealthProblemKind::RunStuck,
+        health::Kind::HypervisorUnreachable => v1::HealthProblemKind::HypervisorUnreachable,
+        health::Kind::JournalUnusable => v1::HealthProblemKind::JournalUnusable,
+        health::Kind::GuardOverdue => v1::HealthProblemKind::GuardOverdue,
+        health::Kind::GuardHeld => v1::HealthProblemKind::GuardHeld,
+        health::Kind::CallOverdue => v1::HealthProblemKind::CallOverdue,
+        health::Kind::JournalSpaceLow => v1::HealthProblemKind::JournalSpaceLow,
+        health::Kind::Stopping => v1::HealthProblemKind::Stopping,
+    };
+    v1::HealthProblem {
+        kind: kind as i32,
+        urgent: problem.urgent,
+        since: problem.since.map(timestamp),
+        vm_name: problem.vm,
+        workflow_id: problem.run,
+        message: problem.message,
+        remedy: problem.remedy,
     }
 }
 
@@ -460,8 +487,10 @@ impl Titles {
 }
 
 /// An event.
-#[must_use]
-pub fn event(run: &str, event: &Event, titles: &mut Titles) -> v1::WorkflowEvent {
+///
+/// # Errors
+/// The status that ends the stream, where that is what the event says.
+pub fn event(run: &str, event: &Event, titles: &mut Titles) -> Result<v1::WorkflowEvent, Status> {
     use v1::workflow_event::Kind as K;
     let (sequence, time, kind) = match event {
         Event::Record(stamped) => {
@@ -483,13 +512,14 @@ pub fn event(run: &str, event: &Event, titles: &mut Titles) -> v1::WorkflowEvent
             Timestamp::now(),
             K::Heartbeat(v1::EventHeartbeat {}),
         ),
+        Event::LeftOpen(why) => return Err(errors::status(why)),
     };
-    v1::WorkflowEvent {
+    Ok(v1::WorkflowEvent {
         workflow_id: run.to_owned(),
         sequence,
         time: Some(timestamp(time)),
         kind: Some(kind),
-    }
+    })
 }
 
 fn record(stamped: &Stamped, titles: &Titles) -> v1::workflow_event::Kind {

@@ -56,6 +56,15 @@ pub struct Endpoints {
     limits: Limits,
 }
 
+/// Sockets that the service manager opened, used in place of the configured ones.
+#[derive(Debug, Default)]
+pub struct Handed {
+    /// For callers on this host.
+    pub unix: Option<std::os::unix::net::UnixListener>,
+    /// For callers on loopback.
+    pub tcp: Option<std::net::TcpListener>,
+}
+
 /// Where the agent can be reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bound {
@@ -72,20 +81,35 @@ impl Endpoints {
     ///
     /// # Errors
     /// A sentence that names the address and the reason.
-    pub async fn open(config: &Config) -> Result<Self, String> {
+    pub async fn open(config: &Config, handed: Handed) -> Result<Self, String> {
         let socket = &config.listen.socket;
-        let unix = if socket.as_os_str().is_empty() {
+        let unix = if let Some(handed) = handed.unix {
+            Some(
+                handed
+                    .set_nonblocking(true)
+                    .and_then(|()| UnixListener::from_std(handed))
+                    .map_err(|error| format!("the socket that was handed over: {error}"))?,
+            )
+        } else if socket.as_os_str().is_empty() {
             None
         } else {
-            Some(
-                open_socket(socket, config)
-                    .await
-                    .map_err(|error| format!("listen.socket '{}': {error}", socket.display()))?,
-            )
+            let wrong = |error| format!("listen.socket '{}': {error}", socket.display());
+            let group = group_id_of(&config.listen.socket_group).map_err(wrong)?;
+            let mode = config.socket_mode().unwrap_or(0o660);
+            Some(open_socket(socket, group, mode).await.map_err(wrong)?)
+        };
+        let tcp = match handed.tcp {
+            Some(handed) => Some(
+                handed
+                    .set_nonblocking(true)
+                    .and_then(|()| TcpListener::from_std(handed))
+                    .map_err(|error| format!("the TCP socket that was handed over: {error}"))?,
+            ),
+            None => bind("listen.tcp", config.tcp()).await?,
         };
         Ok(Self {
             unix,
-            tcp: bind("listen.tcp", config.tcp()).await?,
+            tcp,
             tls: bind("listen.tls", config.tls()).await?,
             limits: config.limits.clone(),
         })
@@ -257,23 +281,32 @@ fn reflected<S, E: std::fmt::Display>(built: Result<S, E>) -> Option<S> {
         .ok()
 }
 
-/// Health follows the link to libvirt: without it nothing can be served.
+/// How often health is looked at when libvirt comes and goes not.
+const HEALTH: Duration = Duration::from_secs(5);
+
+/// Health follows the link to libvirt and the journal: without either nothing can
+/// be done for anybody.
 async fn report_health(workflows: Workflows, health: tonic_health::server::HealthReporter) {
     let mut link = workflows.observer().link();
     loop {
-        let status = if workflows.observer().is_reachable() {
+        let serves = workflows.observer().is_reachable() && workflows.journal().failing().is_none();
+        let status = if serves {
             tonic_health::ServingStatus::Serving
         } else {
             tonic_health::ServingStatus::NotServing
         };
         health.set_service_status("", status).await;
-        if link.changed().await.is_err() {
+        if let Ok(Err(_)) = tokio::time::timeout(HEALTH, link.changed()).await {
             return;
         }
     }
 }
 
-async fn open_socket(path: &Path, config: &Config) -> io::Result<UnixListener> {
+/// Opens a Unix socket that a group may use.
+///
+/// # Errors
+/// When another process serves it, or it cannot be made.
+pub async fn open_socket(path: &Path, group: Option<u32>, mode: u32) -> io::Result<UnixListener> {
     if path.exists() {
         if UnixStream::connect(path).await.is_ok() {
             return Err(io::Error::new(
@@ -286,24 +319,29 @@ async fn open_socket(path: &Path, config: &Config) -> io::Result<UnixListener> {
         std::fs::create_dir_all(folder)?;
     }
     let listener = UnixListener::bind(path)?;
-    if !config.listen.socket_group.is_empty() {
-        let gid = group_id(&config.listen.socket_group)?;
-        chown(path, None, Some(gid))?;
+    if group.is_some() {
+        chown(path, None, group)?;
     }
-    let mode = config.socket_mode().unwrap_or(0o660);
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     Ok(listener)
 }
 
-/// The id of a group, by number or from the host's group file.
-fn group_id(name: &str) -> io::Result<u32> {
-    if let Ok(id) = name.parse() {
-        return Ok(id);
+/// The id of a group, by number or from the host's group file; none without a name.
+///
+/// # Errors
+/// When the host has no such group.
+pub fn group_id_of(name: &str) -> io::Result<Option<u32>> {
+    if name.is_empty() {
+        return Ok(None);
     }
-    host_groups().get(name).copied().ok_or_else(|| {
+    if let Ok(id) = name.parse() {
+        return Ok(Some(id));
+    }
+    let id = host_groups().get(name).copied().ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::NotFound,
             format!("the host has no group '{name}'"),
         )
-    })
+    })?;
+    Ok(Some(id))
 }

@@ -122,9 +122,9 @@ impl WorkflowService for Service {
                     {
                         ended = Some(errors::status(fault));
                     }
-                    let event = reply::event(&id, &event, &mut titles);
-                    let message = v1::RunWorkflowResponse { event: Some(event) };
-                    if send.send(Ok(message)).await.is_err() {
+                    let message = reply::event(&id, &event, &mut titles)
+                        .map(|event| v1::RunWorkflowResponse { event: Some(event) });
+                    if send.send(message).await.is_err() {
                         return;
                     }
                 }
@@ -169,9 +169,8 @@ impl WorkflowService for Service {
         }
         let stream = events.map(move |event| {
             let event = veil.event(event)?;
-            Ok(v1::WatchWorkflowResponse {
-                event: Some(reply::event(&id, &event, &mut titles)),
-            })
+            reply::event(&id, &event, &mut titles)
+                .map(|event| v1::WatchWorkflowResponse { event: Some(event) })
         });
         Ok(Response::new(Box::pin(stream)))
     }

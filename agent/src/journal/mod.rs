@@ -7,7 +7,14 @@
 //!   `synchronous=FULL`).
 //! - A database with a schema newer than this program knows, or one that is
 //!   damaged, is an error with a way on, never silently replaced.
+//! - It takes no more room than it was given: old runs go while the agent runs,
+//!   and what they took is given back. What is known of snapshots, files, merges
+//!   and guards does not hang on runs.
+//! - A run begins only where there is room for its records, so that a full disk
+//!   is met before the first effect and hardly ever between two.
 //! - Times are milliseconds since the epoch.
+//! - Whether writing works is known at all times: the last failure stands until
+//!   something was written.
 
 mod audit;
 mod schema;
@@ -16,8 +23,9 @@ mod store;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
+    time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
@@ -168,6 +176,29 @@ pub struct NotedFile {
     pub vm: String,
 }
 
+/// Bytes that have to be free for a run to begin: the records of a long one.
+pub const ROOM: u64 = 1 << 20;
+
+/// Which runs stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// Those that ended before go; `None` for none.
+    pub before: Option<Timestamp>,
+    /// So many of the newest stay, whatever their age.
+    pub keep: u32,
+    /// From so many bytes on, the oldest go whatever their age.
+    pub bytes: u64,
+}
+
+/// What pruning did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pruned {
+    /// Runs that went.
+    pub runs: u64,
+    /// There may be more to do: pruning stops now and then to let others write.
+    pub more: bool,
+}
+
 /// Why the journal cannot be used.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum JournalError {
@@ -204,6 +235,18 @@ pub enum JournalError {
         /// Why.
         what: String,
     },
+    /// Its disk is full.
+    #[error(
+        "the journal {path} has no room: {need} bytes are needed and {free} are free; make room"
+    )]
+    Full {
+        /// Where.
+        path: String,
+        /// Bytes that are needed.
+        need: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// Reading or writing failed.
     #[error("the journal {path} cannot be used: {what}")]
     Io {
@@ -219,6 +262,34 @@ pub enum JournalError {
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
+/// So long after something was written it is taken for granted that writing works.
+const PROVEN: Duration = Duration::from_secs(60);
+
+/// That reading or writing failed, and nothing was written since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failing {
+    /// Since when.
+    pub since: Timestamp,
+    /// The last failure's words.
+    pub why: String,
+}
+
+/// What the last calls told of the file.
+#[derive(Debug)]
+struct Condition {
+    failing: Option<Failing>,
+    written: Instant,
+}
+
+/// Bytes of the journal's files, and what is free around them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Of the database and its log.
+    pub bytes: u64,
+    /// Free in its file system for the agent.
+    pub free: u64,
+}
+
 /// A cheap handle to the journal.
 #[derive(Debug, Clone)]
 pub struct Journal {
@@ -228,6 +299,7 @@ pub struct Journal {
     guards: Arc<Notify>,
     /// Told when the audit trail may have grown.
     audits: Arc<watch::Sender<()>>,
+    condition: Arc<Mutex<Condition>>,
 }
 
 impl Journal {
@@ -255,6 +327,10 @@ impl Journal {
             path: Arc::new(path.to_owned()),
             guards: Arc::default(),
             audits: Arc::new(watch::Sender::new(())),
+            condition: Arc::new(Mutex::new(Condition {
+                failing: None,
+                written: Instant::now(),
+            })),
         })
     }
 
@@ -277,17 +353,135 @@ impl Journal {
         });
         self.jobs.send(job).map_err(|_| JournalError::Closed)?;
         let result = answer.await.map_err(|_| JournalError::Closed)?;
-        result.map_err(|error| error.at(&self.path))
+        result.map_err(|error| {
+            let of_the_file = error.is_of_the_file();
+            let error = error.at(&self.path);
+            if of_the_file {
+                self.failed(&error);
+            }
+            error
+        })
+    }
+
+    /// A call that writes: when it succeeds, writing works.
+    async fn write<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, store::Error> + Send + 'static,
+    ) -> Result<T, JournalError> {
+        let done = self.call(work).await?;
+        let mut condition = self.condition();
+        condition.written = Instant::now();
+        if let Some(failing) = condition.failing.take() {
+            drop(condition);
+            tracing::info!(since = %failing.since, "the journal can be written again");
+        }
+        Ok(done)
+    }
+
+    fn condition(&self) -> MutexGuard<'_, Condition> {
+        self.condition
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failed(&self, error: &JournalError) {
+        let why = error.to_string();
+        let mut condition = self.condition();
+        match &mut condition.failing {
+            Some(failing) => failing.why = why,
+            none => {
+                tracing::error!(%error, "the journal cannot be used: no run can go on");
+                *none = Some(Failing {
+                    since: Timestamp::now(),
+                    why,
+                });
+            }
+        }
+    }
+
+    /// Whether reading or writing failed, and nothing was written since.
+    #[must_use]
+    pub fn failing(&self) -> Option<Failing> {
+        self.condition().failing.clone()
+    }
+
+    /// Proves that the journal's thread is alive, that there is room for a run and,
+    /// when nothing else was written for a minute or writing failed, that it can
+    /// write.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub async fn beat(&self) -> Result<(), JournalError> {
+        let proven = {
+            let condition = self.condition();
+            condition.failing.is_none() && condition.written.elapsed() < PROVEN
+        };
+        let path = self.path.clone();
+        let beat = move |db: &mut Connection| match schema::lacks_room(&path) {
+            Some(full) => Err(store::Error::Journal(full)),
+            None if proven => store::look(db),
+            None => store::beat(db),
+        };
+        if proven {
+            self.call(beat).await
+        } else {
+            self.write(beat).await
+        }
+    }
+
+    /// How much room the journal takes, and how much is left; `None` when its
+    /// files cannot be looked at.
+    #[must_use]
+    pub fn size(&self) -> Option<Size> {
+        let mut log = self.path.as_os_str().to_owned();
+        log.push("-wal");
+        let file = std::fs::metadata(&*self.path).ok()?.len();
+        let log = std::fs::metadata(log).map_or(0, |log| log.len());
+        let space = rustix::fs::statvfs(&*self.path).ok()?;
+        Some(Size {
+            bytes: file.saturating_add(log),
+            free: space.f_bavail.saturating_mul(space.f_frsize),
+        })
+    }
+
+    /// The newest stuck runs, and how many there are in all.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn stuck_runs(&self, limit: u32) -> Result<(Vec<RunRow>, u64), JournalError> {
+        self.call(move |db| Ok((store::stuck_runs(db, limit)?, store::count_stuck(db)?)))
+            .await
     }
 
     /// Notes a new run.
     ///
     /// # Errors
-    /// When it is not on disk.
+    /// When it is not on disk, or there is no room for its records.
     pub async fn begin(&self, run: RunRow) -> Result<(), JournalError> {
-        self.call(move |db| store::begin(db, &run)).await?;
+        let path = self.path.clone();
+        self.write(move |db| {
+            if let Some(full) = schema::lacks_room(&path) {
+                return Err(store::Error::Journal(full));
+            }
+            store::begin(db, &run)
+        })
+        .await?;
         self.audits.send_replace(());
         Ok(())
+    }
+
+    /// Whether a run could go on writing: there is room, and what is written gets
+    /// to the disk.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn takes_records_of(&self, run: &str) -> Result<(), JournalError> {
+        let (path, run) = (self.path.clone(), run.to_owned());
+        self.write(move |db| match schema::lacks_room(&path) {
+            Some(full) => Err(store::Error::Journal(full)),
+            None => store::touch(db, &run),
+        })
+        .await
     }
 
     /// Appends a record and returns it with its number and time.
@@ -297,7 +491,9 @@ impl Journal {
     pub async fn append(&self, run: &str, record: Record) -> Result<Stamped, JournalError> {
         let run = run.to_owned();
         let closes = matches!(record, Record::Closed { .. });
-        let stamped = self.call(move |db| store::append(db, &run, record)).await?;
+        let stamped = self
+            .write(move |db| store::append(db, &run, record))
+            .await?;
         if closes {
             self.audits.send_replace(());
         }
@@ -450,7 +646,7 @@ impl Journal {
     /// # Errors
     /// When it is not on disk.
     pub async fn put_guard(&self, guard: Guard) -> Result<(), JournalError> {
-        self.call(move |db| store::put_guard(db, &guard)).await?;
+        self.write(move |db| store::put_guard(db, &guard)).await?;
         self.guards.notify_one();
         Ok(())
     }
@@ -550,7 +746,7 @@ impl Journal {
     /// # Errors
     /// When they are not on disk.
     pub async fn audit(&self, rows: Vec<AuditRow>) -> Result<(), JournalError> {
-        self.call(move |db| audit::add(db, &rows)).await?;
+        self.write(move |db| audit::add(db, &rows)).await?;
         self.audits.send_replace(());
         Ok(())
     }
@@ -575,16 +771,16 @@ impl Journal {
     /// # Errors
     /// When it is not on disk.
     pub async fn prune_audit(&self, before: Timestamp, keep: u32) -> Result<u64, JournalError> {
-        self.call(move |db| audit::prune(db, before, keep)).await
+        self.write(move |db| audit::prune(db, before, keep)).await
     }
 
-    /// Removes runs that ended before a time, newest `keep` excepted. Stuck runs
-    /// stay.
+    /// Removes runs that are not to stay, the oldest first, and gives their room
+    /// back. Runs that are open or stuck stay, and those whose guard is open.
     ///
     /// # Errors
     /// When it is not on disk.
-    pub async fn prune(&self, before: Timestamp, keep: u32) -> Result<u64, JournalError> {
-        self.call(move |db| store::prune(db, before, keep)).await
+    pub async fn prune(&self, stay: Retention) -> Result<Pruned, JournalError> {
+        self.call(move |db| store::prune(db, stay)).await
     }
 }
 

@@ -12,12 +12,13 @@ use std::{
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::JournalError;
+use super::{JournalError, ROOM};
 
 /// How every SQLite database begins.
 const MAGIC: &[u8] = b"SQLite format 3\0";
 
-pub(super) const MIGRATIONS: &[&str] = &[
+/// The statements that lead from each schema to the next.
+pub const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE runs (
         id TEXT PRIMARY KEY,
@@ -91,6 +92,9 @@ pub(super) const MIGRATIONS: &[&str] = &[
     UPDATE files SET vm = coalesce((SELECT vm FROM runs WHERE id = files.run), '');
 ",
     "
+    CREATE INDEX runs_stuck ON runs (id) WHERE status = 'stuck';
+",
+    "
     CREATE TABLE audit (
         sequence INTEGER PRIMARY KEY AUTOINCREMENT,
         time INTEGER NOT NULL,
@@ -113,6 +117,11 @@ pub(super) const MIGRATIONS: &[&str] = &[
 ",
 ];
 
+/// Bytes up to which SQLite's write-ahead log keeps its room when it begins anew.
+const LOG_BYTES: u32 = 1 << 20;
+/// SQLite's number for a database that gives freed pages back when it is told to.
+const INCREMENTAL: i64 = 2;
+
 /// Opens a database and brings it to the newest schema.
 pub fn open(path: &Path) -> Result<Connection, JournalError> {
     let shown = path.display().to_string();
@@ -125,7 +134,14 @@ pub fn open(path: &Path) -> Result<Connection, JournalError> {
     let mut db = Connection::open(path).map_err(wrong)?;
     db.busy_timeout(std::time::Duration::from_secs(5))
         .map_err(wrong)?;
+    // Of an empty database it has to be said before anything is written.
+    if std::fs::metadata(path).is_ok_and(|file| file.len() == 0) {
+        db.pragma_update(None, "auto_vacuum", INCREMENTAL)
+            .map_err(wrong)?;
+    }
     db.pragma_update(None, "journal_mode", "WAL")
+        .map_err(wrong)?;
+    db.pragma_update(None, "journal_size_limit", LOG_BYTES)
         .map_err(wrong)?;
     db.pragma_update(None, "synchronous", "FULL")
         .map_err(wrong)?;
@@ -141,7 +157,23 @@ pub fn open(path: &Path) -> Result<Connection, JournalError> {
             .map_err(wrong)?;
         transaction.commit().map_err(wrong)?;
     }
+    gives_room_back(&db);
     Ok(db)
+}
+
+/// Makes a database of an older agent give freed pages back. That copies it: where
+/// there is no room for a copy, its freed pages are only used again.
+fn gives_room_back(db: &Connection) {
+    let read = db.pragma_query_value(None, "auto_vacuum", |row| row.get::<_, i64>(0));
+    if read != Ok(0) {
+        return;
+    }
+    let rebuilt = db
+        .pragma_update(None, "auto_vacuum", INCREMENTAL)
+        .and_then(|()| db.execute_batch("VACUUM"));
+    if let Err(error) = rebuilt {
+        tracing::info!(%error, "the journal was not rebuilt and keeps the room that it once took");
+    }
 }
 
 /// Kept definitions hold the passwords of VMs' displays, so nobody else may read
@@ -244,9 +276,22 @@ pub fn classify(path: &str, error: &rusqlite::Error) -> JournalError {
             path: path.to_owned(),
             what: error.to_string(),
         },
-        _ => JournalError::Io {
+        _ => lacks_room(Path::new(path)).unwrap_or_else(|| JournalError::Io {
             path: path.to_owned(),
             what: error.to_string(),
-        },
+        }),
     }
+}
+
+/// That there is no room for another run, if so. SQLite names a full disk in several
+/// ways, by what it was about to write.
+pub fn lacks_room(path: &Path) -> Option<JournalError> {
+    let folder = path.parent().filter(|it| !it.as_os_str().is_empty());
+    let space = rustix::fs::statvfs(folder.unwrap_or(Path::new("."))).ok()?;
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    (free < ROOM).then(|| JournalError::Full {
+        path: path.display().to_string(),
+        need: ROOM,
+        free,
+    })
 }

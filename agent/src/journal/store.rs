@@ -8,7 +8,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use vmsnap_engine::Closing;
 
 use super::{
-    BegunMerge, JournalError, Learned, NotedFile, RunRow, RunStatus, Stamped, audit, schema,
+    BegunMerge, JournalError, Learned, NotedFile, Pruned, Retention, RunRow, RunStatus, Stamped,
+    audit, schema,
 };
 use crate::{
     flow::Record,
@@ -21,14 +22,29 @@ pub enum Error {
     Sql(rusqlite::Error),
     /// A stored value.
     Value(String, String),
+    /// Known before anything was asked of SQLite.
+    Journal(JournalError),
 }
 
 impl Error {
+    /// Whether the file could not be read or written, rather than that something
+    /// was asked for that is not there or not allowed.
+    pub fn is_of_the_file(&self) -> bool {
+        match self {
+            Self::Sql(rusqlite::Error::SqliteFailure(failure, _)) => {
+                failure.code != rusqlite::ErrorCode::ConstraintViolation
+            }
+            Self::Journal(_) => true,
+            Self::Sql(_) | Self::Value(..) => false,
+        }
+    }
+
     /// With the journal's path.
     pub fn at(self, path: &Path) -> JournalError {
         match self {
             Self::Sql(error) => schema::classify(&path.display().to_string(), &error),
             Self::Value(row, what) => JournalError::Unreadable { row, what },
+            Self::Journal(error) => error,
         }
     }
 }
@@ -283,6 +299,39 @@ pub fn open_runs(db: &mut Connection) -> Result<Vec<RunRow>> {
     let rows = statement.query_map([], RawRun::read)?;
     rows.map(|row| row.map_err(Error::from).and_then(RawRun::understand))
         .collect()
+}
+
+/// The newest stuck runs. The status stands in the statement itself, so that the
+/// index of stuck runs serves and no other row is read.
+pub fn stuck_runs(db: &mut Connection, limit: u32) -> Result<Vec<RunRow>> {
+    let mut statement = db.prepare(&format!(
+        "SELECT {COLUMNS} FROM runs WHERE status = 'stuck' ORDER BY id DESC LIMIT ?1"
+    ))?;
+    let rows = statement.query_map([limit], RawRun::read)?;
+    rows.map(|row| row.map_err(Error::from).and_then(RawRun::understand))
+        .collect()
+}
+
+pub fn count_stuck(db: &mut Connection) -> Result<u64> {
+    let count: i64 = db.query_row(
+        "SELECT count(*) FROM runs WHERE status = 'stuck'",
+        [],
+        |row| row.get(0),
+    )?;
+    Ok(u64::try_from(count).unwrap_or(0))
+}
+
+/// Writes one page, as it was: proves that writing works.
+pub fn beat(db: &mut Connection) -> Result<()> {
+    let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    db.pragma_update(None, "user_version", version)?;
+    Ok(())
+}
+
+/// Reads from the file: proves that reading works.
+pub fn look(db: &mut Connection) -> Result<()> {
+    db.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))?;
+    Ok(())
 }
 
 pub fn records(db: &mut Connection, run: &str, from: u64) -> Result<Vec<Stamped>> {
@@ -573,11 +622,90 @@ pub fn forget_learned(db: &mut Connection, id: &str) -> Result<bool> {
     Ok(db.execute("DELETE FROM learned WHERE id = ?1", [id])? > 0)
 }
 
-pub fn prune(db: &mut Connection, before: Timestamp, keep: u32) -> Result<u64> {
-    let gone = db.execute(
-        "DELETE FROM runs WHERE finished IS NOT NULL AND finished < ?1 AND status != 'stuck' \
-         AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT ?2)",
-        params![before.as_millisecond(), keep],
-    )?;
-    Ok(u64::try_from(gone).unwrap_or(0))
+/// Writes without changing anything.
+pub fn touch(db: &mut Connection, run: &str) -> Result<()> {
+    db.execute("UPDATE runs SET status = status WHERE id = ?1", [run])?;
+    Ok(())
+}
+
+/// Runs that go at a time: others want to write too.
+const AT_ONCE: u32 = 100;
+/// The newest runs that stay however large they are: who asked for them reads them
+/// back.
+const NEWEST: u32 = 20;
+/// Free pages that are not given back: the next run uses them.
+const SPARE: u64 = 64;
+
+/// What keeps a run from being removed, as a condition.
+const MAY_GO: &str = "finished IS NOT NULL AND status != 'stuck' \
+                      AND id NOT IN (SELECT run FROM guards WHERE open = 1)";
+
+pub fn prune(db: &mut Connection, stay: Retention) -> Result<Pruned> {
+    let mut gone = 0;
+    if let Some(before) = stay.before {
+        // A run that ended before began before: the index tells those.
+        gone += db.execute(
+            &format!(
+                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE started < ?1 \
+                 AND finished < ?1 AND {MAY_GO} \
+                 AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT ?2) \
+                 ORDER BY started LIMIT {AT_ONCE})"
+            ),
+            params![before.as_millisecond(), stay.keep],
+        )?;
+    }
+    let mut more = gone >= AT_ONCE as usize;
+    if !more && used(db)? > stay.bytes {
+        let large = db.execute(
+            &format!(
+                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE {MAY_GO} \
+                 AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT {NEWEST}) \
+                 ORDER BY id LIMIT {})",
+                AT_ONCE / 10
+            ),
+            [],
+        )?;
+        more = large > 0;
+        gone += large;
+    }
+    if gone > 0 {
+        db.execute(
+            "DELETE FROM guards WHERE open = 0 AND run NOT IN (SELECT id FROM runs)",
+            [],
+        )?;
+    }
+    if !more {
+        give_room_back(db)?;
+    }
+    Ok(Pruned {
+        runs: u64::try_from(gone).unwrap_or(0),
+        more,
+    })
+}
+
+fn pragma(db: &Connection, name: &str) -> Result<u64> {
+    let value: i64 = db.pragma_query_value(None, name, |row| row.get(0))?;
+    Ok(u64::try_from(value).unwrap_or(0))
+}
+
+/// Bytes that hold something.
+fn used(db: &Connection) -> Result<u64> {
+    let pages = pragma(db, "page_count")?.saturating_sub(pragma(db, "freelist_count")?);
+    Ok(pages.saturating_mul(pragma(db, "page_size")?))
+}
+
+/// Makes the file smaller by the pages that are free, but for a few.
+fn give_room_back(db: &Connection) -> Result<()> {
+    let free = pragma(db, "freelist_count")?;
+    if free <= 2 * SPARE {
+        return Ok(());
+    }
+    // Each row is a page that was given back.
+    let mut pages = db.prepare(&format!("PRAGMA incremental_vacuum({})", free - SPARE))?;
+    let mut given = pages.query([])?;
+    while given.next()?.is_some() {}
+    drop(given);
+    let mut checkpoint = db.prepare("PRAGMA wal_checkpoint(TRUNCATE)")?;
+    checkpoint.query([])?.next()?;
+    Ok(())
 }

@@ -34,6 +34,14 @@ fn row(id: &str) -> RunRow {
     }
 }
 
+fn older_than(time: Timestamp) -> Retention {
+    Retention {
+        before: Some(time),
+        keep: 0,
+        bytes: u64::MAX,
+    }
+}
+
 fn closed() -> Record {
     Record::Closed {
         closing: Closing::Succeeded,
@@ -123,7 +131,7 @@ async fn old_runs_go_but_open_and_stuck_ones_stay() {
     };
     journal.append("2", stuck).await.unwrap();
     let later = Timestamp::now() + jiff::SignedDuration::from_hours(1);
-    assert_eq!(journal.prune(later, 0).await.unwrap(), 1);
+    assert_eq!(journal.prune(older_than(later)).await.unwrap().runs, 1);
     assert!(journal.run("1").await.unwrap().is_none());
     assert!(journal.records("1", 0).await.unwrap().is_empty());
     assert!(journal.run("2").await.unwrap().is_some());
@@ -162,7 +170,7 @@ async fn a_noted_file_tells_whose_it_is_also_when_its_run_is_forgotten() {
         .unwrap();
     journal.append("1", closed()).await.unwrap();
     let later = Timestamp::now() + jiff::SignedDuration::from_hours(1);
-    assert_eq!(journal.prune(later, 0).await.unwrap(), 1);
+    assert_eq!(journal.prune(older_than(later)).await.unwrap().runs, 1);
     let noted = journal.noted_files().await.unwrap();
     let vms: Vec<(&str, &str)> = noted
         .iter()
@@ -284,6 +292,214 @@ async fn a_journal_that_was_cut_off_is_refused_and_not_begun_anew() {
     std::fs::write(folder.join("journal.db-wal"), b"what was written last").unwrap();
     let error = Journal::open(&path).unwrap_err();
     assert!(error.to_string().contains("-wal"), "{error}");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// A record of so many bytes, as a failed run of a VM with many disks has.
+fn long(bytes: usize) -> Record {
+    Record::Closed {
+        closing: Closing::Failed,
+        outcome: None,
+        fault: Some(Fault::new(
+            crate::planning::Reason::Internal,
+            "x".repeat(bytes),
+        )),
+    }
+}
+
+fn file_size(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().len()
+}
+
+#[tokio::test]
+async fn the_journal_stays_within_its_bytes_while_runs_come_and_gives_room_back() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    let most = 512 << 10;
+    let stay = Retention {
+        before: None,
+        keep: 1000,
+        bytes: most,
+    };
+    let guard = Guard {
+        run: "run-0000".into(),
+        vm_uuid: "u".into(),
+        vm: "web1".into(),
+        snapshot: "s".into(),
+        created: 1,
+        armed: row("").started,
+        deadline: row("").started,
+        fingerprint: String::new(),
+        state: crate::planning::guard::GuardState::Pending,
+        note: String::new(),
+    };
+    journal.put_guard(guard.clone()).await.unwrap();
+    let file = "/pool/web1.vda.s.qcow2".to_owned();
+    let mut largest = 0;
+    for number in 0..400 {
+        let id = format!("run-{number:04}");
+        journal.begin(row(&id)).await.unwrap();
+        if number == 3 {
+            journal.note_files(&id, vec![file.clone()]).await.unwrap();
+        }
+        if number != 2 {
+            journal.append(&id, long(20_000)).await.unwrap();
+        }
+        while journal.prune(stay).await.unwrap().more {}
+        largest = largest.max(file_size(&path));
+    }
+    // 400 runs of more than 20 kB each are 8 MB and more.
+    assert!(largest < 3 * most, "{largest}");
+    for (id, there) in [
+        ("run-0000", true),
+        ("run-0001", false),
+        ("run-0002", true),
+        ("run-0003", false),
+        ("run-0399", true),
+    ] {
+        assert_eq!(journal.run(id).await.unwrap().is_some(), there, "{id}");
+    }
+    assert!(journal.records("run-0001", 1).await.unwrap().is_empty());
+    assert_eq!(journal.open_guards().await.unwrap(), [guard]);
+    assert_eq!(journal.noted_files().await.unwrap()[0].path, file);
+    // However little is allowed, the newest runs can be read back.
+    let least = Retention { bytes: 1, ..stay };
+    while journal.prune(least).await.unwrap().more {}
+    assert!(journal.run("run-0380").await.unwrap().is_some());
+    assert!(journal.run("run-0379").await.unwrap().is_none());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn old_runs_go_in_parts_and_the_file_becomes_smaller() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    for number in 0..250 {
+        let id = format!("run-{number:04}");
+        journal.begin(row(&id)).await.unwrap();
+        journal.append(&id, long(20_000)).await.unwrap();
+    }
+    let stay = Retention {
+        keep: 10,
+        ..older_than(Timestamp::now() + jiff::SignedDuration::from_hours(1))
+    };
+    let mut parts = Vec::new();
+    loop {
+        let pruned = journal.prune(stay).await.unwrap();
+        parts.push(pruned.runs);
+        if !pruned.more {
+            break;
+        }
+    }
+    assert_eq!(parts, [100, 100, 40]);
+    assert!(file_size(&path) < 2 << 20, "{}", file_size(&path));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_journal_of_the_first_version_opens_with_all_that_it_holds_and_learns_to_shrink() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let first = Connection::open(&path).unwrap();
+    first.pragma_update(None, "journal_mode", "WAL").unwrap();
+    first.execute_batch(schema::MIGRATIONS[0]).unwrap();
+    first.pragma_update(None, "user_version", 1).unwrap();
+    let old = row("1");
+    first
+        .execute(
+            "INSERT INTO runs VALUES ('1', 'r', 'web1', 'list', ?1, ?2, 'running', 1, NULL, '', \
+             NULL, NULL, 0)",
+            [
+                serde_json::to_string(&old.request).unwrap(),
+                serde_json::to_string(&old.caller).unwrap(),
+            ],
+        )
+        .unwrap();
+    first
+        .execute("INSERT INTO files VALUES ('/a.qcow2', '1', 1)", [])
+        .unwrap();
+    drop(first);
+    let journal = Journal::open(&path).unwrap();
+    assert_eq!(journal.open_runs().await.unwrap()[0].id, "1");
+    assert_eq!(journal.noted_files().await.unwrap()[0].vm, "web1");
+    journal.append("1", closed()).await.unwrap();
+    drop(journal);
+    let db = schema::open(&path).unwrap();
+    let mode: i64 = db
+        .pragma_query_value(None, "auto_vacuum", |row| row.get(0))
+        .unwrap();
+    assert_eq!(mode, 2);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn a_journal_that_cannot_be_written_says_so_until_it_can() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    journal.beat().await.unwrap();
+    assert_eq!(journal.failing(), None);
+    let other = Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    // Reading goes on; whether writing does is tried when nothing proves it.
+    journal.beat().await.unwrap();
+    journal.condition().written = Instant::now().checked_sub(PROVEN).unwrap();
+    let error = journal.beat().await.unwrap_err();
+    assert!(error.to_string().contains("locked"), "{error}");
+    let failing = journal.failing().unwrap();
+    assert!(failing.why.contains("locked"), "{failing:?}");
+    // What is merely not there is no failure of the file.
+    assert_eq!(journal.run("none").await.unwrap(), None);
+    assert_eq!(journal.failing(), Some(failing));
+    other.execute_batch("ROLLBACK").unwrap();
+    journal.beat().await.unwrap();
+    assert_eq!(journal.failing(), None);
+    assert!(journal.append("none", closed()).await.is_err());
+    assert_eq!(journal.failing(), None);
+    assert!(journal.size().unwrap().bytes > 4_096);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn stuck_runs_are_found_by_their_index_and_counted() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    for id in ["1", "2", "3"] {
+        journal.begin(row(id)).await.unwrap();
+        let closing = if id == "2" {
+            Closing::Succeeded
+        } else {
+            Closing::Stuck
+        };
+        let record = Record::Closed {
+            closing,
+            outcome: None,
+            fault: None,
+        };
+        journal.append(id, record).await.unwrap();
+    }
+    let (named, all) = journal.stuck_runs(1).await.unwrap();
+    assert_eq!(all, 2);
+    assert_eq!(named.len(), 1);
+    assert_eq!(named[0].id, "3");
+    let resolved = Record::Resolved {
+        by: "uid:0".into(),
+        note: "done".into(),
+    };
+    journal.append("3", resolved).await.unwrap();
+    assert_eq!(journal.stuck_runs(9).await.unwrap().1, 1);
+    let db = Connection::open(&path).unwrap();
+    let plan: String = db
+        .query_row(
+            "EXPLAIN QUERY PLAN SELECT count(*) FROM runs WHERE status = 'stuck'",
+            [],
+            |row| row.get(3),
+        )
+        .unwrap();
+    assert!(plan.contains("runs_stuck"), "{plan}");
     std::fs::remove_dir_all(folder).unwrap();
 }
 

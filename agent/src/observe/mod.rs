@@ -3,6 +3,7 @@
 //! Invariants: reads only; sizes are bytes; what could not be read is absent or
 //! says why, and is never guessed.
 
+mod figures;
 mod folders;
 mod half_merged;
 mod identity;
@@ -20,6 +21,7 @@ use std::{
 
 use jiff::{Timestamp, tz::TimeZone};
 use tokio::task::JoinSet;
+use tracing::Instrument as _;
 use vmsnap_hypervisor::{DiskDefinition, Hypervisor, LinkStatus, Xml};
 
 use crate::{
@@ -99,7 +101,7 @@ where
             && let Some((at, item)) = items.next()
         {
             let work = work(item);
-            running.spawn(async move { (at, work.await) });
+            running.spawn(async move { (at, work.await) }.in_current_span());
         }
         match running.join_next().await {
             None => return Ok(done.into_values().collect()),

@@ -399,30 +399,39 @@ impl Performer {
     }
 }
 
-/// Copies a file to a new one, which must not exist.
+/// Copies a file to a new one, which must not exist. Nothing is left of a copy that
+/// failed.
 pub(super) async fn copy(from: &str, to: &str) -> Result<(), Fault> {
     let (source, target) = (from.to_owned(), to.to_owned());
     let copied = tokio::task::spawn_blocking(move || {
         let mut source = std::fs::File::open(source)?;
-        let mut target = std::fs::File::options()
+        let mut copy = std::fs::File::options()
             .write(true)
             .create_new(true)
-            .open(target)?;
-        std::io::copy(&mut source, &mut target)?;
-        target.sync_all()
+            .open(&target)?;
+        let copied = std::io::copy(&mut source, &mut copy).and_then(|_| copy.sync_all());
+        if copied.is_err() {
+            // The failure is told; what is left is found by undoing, too.
+            let _ = std::fs::remove_file(&target);
+        }
+        copied
     })
     .await;
-    let failed = |error: std::io::Error| {
-        Fault::new(
-            Reason::StorageNotWritable,
-            format!("'{from}' cannot be copied to '{to}': {error}"),
-        )
-        .with("path", to)
+    let error = match copied {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(error) => std::io::Error::other(error),
     };
-    match copied {
-        Ok(result) => result.map_err(failed),
-        Err(error) => Err(failed(std::io::Error::other(error))),
-    }
+    let message = format!("'{from}' cannot be copied to '{to}': {error}");
+    Err(match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            let need = tokio::fs::metadata(from).await.map_or(0, |file| file.len());
+            Fault::new(Reason::NoSpace, message)
+                .with("path", folder_of(to))
+                .with("need_bytes", need)
+        }
+        _ => Fault::new(Reason::StorageNotWritable, message).with("path", to),
+    })
 }
 
 /// Size and SHA-256 of a file.

@@ -64,10 +64,15 @@ impl Performer {
         let mut merged = match merging {
             Ok(merged) => merged,
             Err(fault) => {
-                if lower.iter().all(|lower| stamp(&lower.path) == lower.stamp) {
+                let untouched = lower.iter().all(|lower| stamp(&lower.path) == lower.stamp);
+                if untouched {
                     self.journal.forget_merge(&self.plan.vm_uuid, name).await?;
                 }
-                return Err(self.with_place(fault, &lower));
+                let fault = self.with_place(fault, &lower);
+                return Err(match self.gives_up(cancel) {
+                    Some(stopped) => given_up(stopped, &fault, name, untouched),
+                    None => fault,
+                });
             }
         };
         // A merge may be over before it was looked at.
@@ -109,10 +114,7 @@ impl Performer {
                 self.delete_limited(index, merge.name, lower, limit, cancel)
                     .await
             }
-            None => {
-                self.delete_by_libvirt(index, merge.name, merge.metadata_only, merge.disks)
-                    .await
-            }
+            None => self.delete_by_libvirt(index, merge, cancel).await,
         }
     }
 
@@ -184,12 +186,12 @@ impl Performer {
     async fn delete_by_libvirt<'a>(
         &self,
         index: usize,
-        name: &str,
-        metadata_only: bool,
-        disks: &'a [String],
+        merge: &Merge<'a>,
+        cancel: &Cancel,
     ) -> Result<BTreeMap<&'a str, u64>, Fault> {
+        let (name, disks) = (merge.name, merge.disks);
         let flags = DeleteFlags {
-            metadata_only,
+            metadata_only: merge.metadata_only,
             ..DeleteFlags::default()
         };
         let mut merged: BTreeMap<&str, u64> = BTreeMap::new();
@@ -201,6 +203,16 @@ impl Performer {
                 result = &mut deleting => break result,
                 () = tokio::time::sleep(pause) => {
                     pause = (pause * 5 / 4).min(POLL);
+                    if self.gives_up(cancel).is_some()
+                        && let Err(error) = self.hypervisor.give_up_merges(self.vm()).await
+                    {
+                        tracing::warn!(
+                            run = %self.live.id,
+                            vm = self.vm(),
+                            %error,
+                            "the merge could not be given up and goes on"
+                        );
+                    }
                     for disk in disks {
                         let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
                             continue;
@@ -222,6 +234,17 @@ impl Performer {
                 Ok(merged)
             }
         }
+    }
+
+    /// Why a merge is given up before its pivot: somebody cancelled the run, or the
+    /// agent is to stop. One that is only out of time is finished.
+    pub(super) fn gives_up(&self, cancel: &Cancel) -> Option<Fault> {
+        if !cancel.is_requested() {
+            return None;
+        }
+        let because =
+            |fault: &Fault| matches!(fault.reason, Reason::Cancelled | Reason::ShuttingDown);
+        self.live.stopped_because().filter(because)
     }
 
     /// Merges the newest snapshot of the present state under a limit, then has
@@ -322,6 +345,26 @@ impl Performer {
     }
 }
 
+/// Says what the end of a merge that was given up left; another failure that came
+/// before it stays what it is.
+fn given_up(stopped: Fault, fault: &Fault, name: &str, untouched: bool) -> Fault {
+    // QEMU's words for a job that was cancelled.
+    if fault.reason != stopped.reason && !fault.message.contains("Operation canceled") {
+        return fault.clone();
+    }
+    let left = if untouched {
+        "the snapshot is as it was"
+    } else {
+        "the snapshot cannot be reverted to any more, and deleting it again finishes the merge"
+    };
+    let message = format!(
+        "{}; the merge of snapshot '{name}' was given up before its end: the VM goes on as before, \
+         and {left}",
+        stopped.message
+    );
+    Fault { message, ..stopped }.with("snapshot", name)
+}
+
 /// An image that a merge writes into.
 pub(super) struct Lower<'a> {
     /// Target of the disk.
@@ -329,7 +372,7 @@ pub(super) struct Lower<'a> {
     /// The image.
     pub path: String,
     /// Bytes that the image above it takes.
-    above: u64,
+    pub above: u64,
     stamp: Option<(SystemTime, u64)>,
 }
 

@@ -3,7 +3,10 @@
 //! Invariants: a guest is resumed only if this run suspended it; after a freeze
 //! whose end is not known, its status is asked until it is definitely thawed.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use vmsnap_engine::Hold;
 use vmsnap_hypervisor::{DomainState, ErrorKind, FreezeStatus, Xml};
@@ -14,9 +17,8 @@ use crate::{
     planning::{Done, Fault, Reason, Step, facts::VmState},
 };
 
-/// How long a guest agent is asked for its status before the guest is given up
-/// as stuck.
-const UNTIL_THAWED: Duration = Duration::from_secs(30);
+/// How long a guest waits to be asked at all, when many others are asked.
+const UNTIL_ASKED: Duration = Duration::from_secs(300);
 /// Pause between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
 
@@ -85,29 +87,29 @@ impl Performer {
         }
     }
 
-    /// Thaws and asks until the guest says that it is thawed.
+    /// Thaws and asks until the guest says that it is thawed. The time for that
+    /// begins when the guest could be asked at all.
     pub(super) async fn ensure_thawed(&self) -> Result<String, Fault> {
-        let deadline = Instant::now() + UNTIL_THAWED;
+        let give_up = Instant::now() + UNTIL_ASKED;
+        let mut deadline = self.gave_up.load(Ordering::Relaxed).then(Instant::now);
         loop {
-            let state = self.hypervisor.domain(self.vm()).await?.state;
-            if matches!(state, DomainState::Shutoff | DomainState::Crashed) {
-                return Ok("the VM is off, so nothing is frozen".into());
-            }
-            let last = match self.hypervisor.thaw(self.vm()).await {
-                Ok(_) => match self.hypervisor.freeze_status(self.vm()).await {
-                    Ok(FreezeStatus::Thawed) => return Ok("the guest is thawed".into()),
-                    Ok(FreezeStatus::Frozen) => Fault::new(
-                        Reason::GuestFrozen,
-                        "the guest says that it is still frozen",
-                    ),
-                    Err(error) => error.into(),
-                },
-                Err(error) if *error.kind() == ErrorKind::Unsupported => {
-                    return Ok("the VM has no guest agent, so nothing is frozen".into());
+            let last: Fault = match self.thaw_once().await {
+                Ok(Ok(note)) => return Ok(note.into()),
+                Ok(Err(fault)) => {
+                    deadline.get_or_insert_with(|| Instant::now() + self.patience);
+                    fault
                 }
-                Err(error) => error.into(),
+                Err(error) => match error.kind() {
+                    ErrorKind::Unreachable | ErrorKind::ConnectionLost => return Err(error.into()),
+                    ErrorKind::Busy => error.into(),
+                    _ => {
+                        deadline.get_or_insert_with(|| Instant::now() + self.patience);
+                        error.into()
+                    }
+                },
             };
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline.unwrap_or(give_up) {
+                self.gave_up.store(true, Ordering::Relaxed);
                 return Err(Fault::new(
                     Reason::GuestAgentUnavailable,
                     format!(
@@ -115,7 +117,7 @@ impl Performer {
                          {} s: {}; look at the guest, thaw it with 'virsh domfsthaw {}', or reset \
                          it",
                         self.vm(),
-                        UNTIL_THAWED.as_secs(),
+                        self.patience.as_secs(),
                         last.message,
                         self.vm()
                     ),
@@ -124,6 +126,51 @@ impl Performer {
             }
             tokio::time::sleep(ASK_AGAIN).await;
         }
+    }
+
+    /// Thaws and asks once: what makes it certain that nothing is frozen, or that
+    /// it still is.
+    async fn thaw_once(&self) -> Result<Result<&'static str, Fault>, vmsnap_hypervisor::Error> {
+        match self.hypervisor.domain(self.vm()).await {
+            Ok(domain) if matches!(domain.state, DomainState::Shutoff | DomainState::Crashed) => {
+                return Ok(Ok("the VM is off, so nothing is frozen"));
+            }
+            Err(error) if error.is_not_found() => {
+                return Ok(Ok("the VM is gone, so nothing is frozen"));
+            }
+            // Reading waits for a freeze that is late; thawing must not.
+            Err(error) if !matches!(error.kind(), ErrorKind::Busy | ErrorKind::Overdue { .. }) => {
+                return Err(error);
+            }
+            Ok(_) | Err(_) => {}
+        }
+        match self.hypervisor.thaw(self.vm()).await {
+            Ok(_) => {}
+            Err(error) if *error.kind() == ErrorKind::Unsupported => {
+                return Ok(Ok("the VM has no guest agent, so nothing is frozen"));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(match self.hypervisor.freeze_status(self.vm()).await? {
+            FreezeStatus::Thawed => Ok("the guest is thawed"),
+            FreezeStatus::Frozen => Err(Fault::new(
+                Reason::GuestFrozen,
+                "the guest says that it is still frozen",
+            )),
+        })
+    }
+
+    /// Thaws the guest of a run that was given up, if it answers now; says what made
+    /// it certain that it is not frozen by that run any more.
+    ///
+    /// # Errors
+    /// When it does not answer, or says that it is still frozen.
+    pub async fn thawed_by_now(&self) -> Result<Option<&'static str>, Fault> {
+        let domain = self.hypervisor.domain(self.vm()).await;
+        if domain.is_ok_and(|domain| domain.uuid != self.plan.vm_uuid) {
+            return Ok(Some("another VM has that name now"));
+        }
+        self.thaw_once().await?.map(Some)
     }
 
     pub(super) async fn suspend(
@@ -176,7 +223,8 @@ impl Performer {
         }
         // The step is planned only for a VM that runs.
         let domain = self.hypervisor.domain(self.vm()).await?;
-        if domain.state == DomainState::Paused && domain.reason.is_user() {
+        let reason = domain.reason;
+        if domain.state == DomainState::Paused && (reason.is_user() || reason.is_unknown()) {
             self.run_again().await?;
             self.hold_ends(Hold::Suspended);
             return Ok("the VM runs again".into());

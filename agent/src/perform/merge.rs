@@ -6,8 +6,9 @@
 //!
 //! Invariants: all disks are ready before the first one pivots; what is merged
 //! into is in the journal before, and stays there until the entry is gone; on
-//! giving up the jobs are aborted, which leaves the chain as it was; a run that
-//! is to stop lifts the limit, because what has begun is finished.
+//! giving up, because the run was cancelled or something failed, the jobs are
+//! aborted, which leaves the chain as it was; a run that is out of time lifts the
+//! limit and finishes what it has begun.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -15,7 +16,7 @@ use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{BlockJobKind, ErrorKind, Xml};
 
 use super::{Performer, delete::Lower};
-use crate::planning::{Fault, Reason};
+use crate::planning::{Fault, Reason, facts::folder_of, files};
 
 /// How often a merge is looked at.
 const POLL: Duration = Duration::from_millis(250);
@@ -65,6 +66,9 @@ impl Performer {
                 if job.cur == job.end && self.is_ready(one.disk).await? {
                     break;
                 }
+                if let Some(stopped) = self.gives_up(cancel) {
+                    return Err(stopped);
+                }
                 if bandwidth > 0 && cancel.is_requested() {
                     self.lift(bandwidth, &lower[..=at]).await?;
                     bandwidth = 0;
@@ -86,7 +90,7 @@ impl Performer {
         self.notice(
             "LIMIT_LIFTED",
             format!(
-                "the run was to stop, and a merge that has begun is finished: its limit of \
+                "the run is out of time, and a merge that has begun is finished: its limit of \
                  {bandwidth} bytes per second was lifted"
             ),
             "",
@@ -107,18 +111,24 @@ impl Performer {
             Ok(domain) => domain.reason.to_string(),
             Err(error) => return error.into(),
         };
-        Fault::new(
-            Reason::HypervisorFailed,
-            format!(
-                "the merge of disk {} of VM '{}' into '{}' ended before it was ready (the VM: \
-                 {state})",
-                lower.disk,
-                self.vm(),
-                lower.path
-            ),
-        )
-        .with("disk", lower.disk)
-        .with("path", &lower.path)
+        let message = format!(
+            "the merge of disk {} of VM '{}' into '{}' ended before it was ready (the VM: {state})",
+            lower.disk,
+            self.vm(),
+            lower.path
+        );
+        // QEMU does not say why it gave up: room tells.
+        let folder = folder_of(&lower.path);
+        if let (Some(facts), Some(now)) = (&self.facts, crate::observe::folder(folder))
+            && now.free < lower.above
+        {
+            let mut full = files::no_space(facts, folder, lower.above, now.free);
+            full.message = format!("{}; {message}", full.message);
+            return full.with("disk", lower.disk).with("image", &lower.path);
+        }
+        Fault::new(Reason::HypervisorFailed, message)
+            .with("disk", lower.disk)
+            .with("path", &lower.path)
     }
 
     async fn pivot(&self, lower: &[Lower<'_>]) -> Result<(), Fault> {

@@ -20,9 +20,10 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
+use tracing::Instrument as _;
 use vmsnap_engine::{Cancel, Hold, Perform};
 use vmsnap_hypervisor::Hypervisor;
 
@@ -46,6 +47,10 @@ pub struct Performer {
     facts: Option<Facts>,
     notices: Mutex<Vec<Warning>>,
     held_since: Mutex<HashMap<Hold, Instant>>,
+    /// How long a guest is asked to let go before it is given up.
+    patience: Duration,
+    /// It was given up: it is asked once more at most.
+    gave_up: AtomicBool,
     /// A revert that failed went through all the same: the present state is gone
     /// but for what the run kept of it.
     went_through: AtomicBool,
@@ -56,7 +61,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Performer {
-    /// For one run.
+    /// For one run, whose guest has `patience` to let go.
     #[must_use]
     pub fn new(
         hypervisor: Hypervisor,
@@ -65,6 +70,7 @@ impl Performer {
         live: Arc<Live>,
         plan: Plan,
         facts: Option<Facts>,
+        patience: Duration,
     ) -> Self {
         Self {
             hypervisor,
@@ -75,6 +81,8 @@ impl Performer {
             facts,
             notices: Mutex::default(),
             held_since: Mutex::default(),
+            patience,
+            gave_up: AtomicBool::new(false),
             went_through: AtomicBool::new(false),
         }
     }
@@ -111,6 +119,9 @@ impl Performer {
         });
     }
 }
+
+/// Pause before an undo is tried again that libvirt was not there for.
+const AGAIN: Duration = Duration::from_millis(500);
 
 fn plain(note: impl Into<String>) -> Done {
     Done::Plain { note: note.into() }
@@ -210,43 +221,12 @@ impl Performer {
         }
     }
 
-    /// Says where there is no space, where libvirt did not: what is learned from
-    /// it is learned of that place.
-    fn placed(&self, fault: Fault, step: &Step) -> Fault {
-        if fault.reason != Reason::NoSpace || fault.metadata.contains_key("path") {
-            return fault;
-        }
-        let Some(facts) = &self.facts else {
-            return fault;
-        };
-        let written = issues::written(&self.plan.request, facts, std::slice::from_ref(step));
-        match written.first() {
-            Some(path) => files::at(fault, facts, path),
-            None => fault,
-        }
-    }
-}
-
-impl Perform<Snapshots> for Performer {
-    async fn perform(
-        &self,
-        index: usize,
-        step: &Step,
-        done: &[Option<Done>],
-        cancel: &Cancel,
-    ) -> Result<Done, Fault> {
-        tracing::debug!(run = %self.live.id, vm = %self.vm(), step = step.title(), "step begins");
-        let taken = self.take(index, step, done, cancel).await;
-        taken.map_err(|fault| self.placed(fault, step))
-    }
-
-    async fn undo(
+    async fn take_back(
         &self,
         index: usize,
         step: &Step,
         done: &[Option<Done>],
     ) -> Result<String, Fault> {
-        tracing::info!(run = %self.live.id, vm = %self.vm(), step = step.title(), "undoing");
         match step {
             Step::Freeze { .. } => self.ensure_thawed().await,
             Step::Suspend { .. } => self.undo_suspend(index, done).await,
@@ -279,6 +259,88 @@ impl Perform<Snapshots> for Performer {
             Step::EndGuard { snapshot, .. } => self.arm_again(snapshot).await,
             _ => Ok("nothing to undo".into()),
         }
+    }
+
+    /// Says where there is no space, how much is free and how much is needed, where
+    /// libvirt did not: what is learned from it is learned of that place.
+    fn placed(&self, fault: Fault, step: &Step) -> Fault {
+        let (Reason::NoSpace, Some(facts)) = (fault.reason, &self.facts) else {
+            return fault;
+        };
+        let written = issues::written(&self.plan.request, facts, std::slice::from_ref(step));
+        let known = fault.metadata.get("path").cloned();
+        let Some(path) = known.or_else(|| written.first().map(|path| (*path).to_owned())) else {
+            return fault;
+        };
+        let mut fault = files::at(fault, facts, &path);
+        let mut told = String::new();
+        if !fault.metadata.contains_key("need_bytes") {
+            // libvirt gave up before it knew how much it would have been.
+            fault = fault.with("need_bytes", files::OVERLAY_BYTES);
+        }
+        if !fault.metadata.contains_key("free_bytes")
+            && let Some(folder) = crate::observe::folder(&path)
+        {
+            let place = files::place(facts, &path);
+            told = format!("; {place} has {} bytes free", folder.free);
+            fault = fault.with("free_bytes", folder.free);
+        }
+        fault.message.push_str(&told);
+        fault
+    }
+}
+
+/// Every line within a step names it. A level that no filter keeps out.
+fn span(step: &Step) -> tracing::Span {
+    tracing::error_span!("step", step = step.title())
+}
+
+impl Perform<Snapshots> for Performer {
+    async fn perform(
+        &self,
+        index: usize,
+        step: &Step,
+        done: &[Option<Done>],
+        cancel: &Cancel,
+    ) -> Result<Done, Fault> {
+        let taking = async {
+            tracing::debug!("step begins");
+            let taken = self.take(index, step, done, cancel).await;
+            taken.map_err(|fault| {
+                tracing::info!(%fault, "step failed");
+                self.placed(fault, step)
+            })
+        };
+        taking.instrument(span(step)).await
+    }
+
+    /// Undoes a step. Without libvirt nothing can be undone, so it is waited for:
+    /// a run that is given up because libvirt is being restarted leaves a guest as
+    /// no run may leave it.
+    async fn undo(
+        &self,
+        index: usize,
+        step: &Step,
+        done: &[Option<Done>],
+    ) -> Result<String, Fault> {
+        let undoing = async {
+            tracing::info!("undoing");
+            loop {
+                match self.take_back(index, step, done).await {
+                    Ok(undone) => return Ok(undone),
+                    Err(fault) if fault.reason == Reason::HypervisorUnreachable => {
+                        tracing::error!(%fault, "undoing waits for libvirt");
+                        tokio::time::sleep(AGAIN).await;
+                        self.hypervisor.is_there().await;
+                    }
+                    Err(fault) => {
+                        tracing::warn!(%fault, "undoing failed");
+                        return Err(fault);
+                    }
+                }
+            }
+        };
+        undoing.instrument(span(step)).await
     }
 
     async fn conclude(

@@ -17,7 +17,7 @@ use super::{Performer, create};
 use crate::{
     faults::sentence,
     planning::{
-        Done, Fault, Reason,
+        Done, Fault, Reason, Step,
         facts::{Kind, Memory, Snapshot, VmState, folder_of},
         lineage,
     },
@@ -237,14 +237,21 @@ impl Performer {
         } else {
             from
         };
-        self.observer.same_owner(like, &fresh)?;
-        tokio::fs::rename(&fresh, to).await.map_err(|error| {
-            Fault::new(
-                Reason::StorageNotWritable,
-                format!("the UEFI variables cannot be put back into '{to}': {error}"),
-            )
-            .with("path", to)
-        })?;
+        let owned = self.observer.same_owner(like, &fresh);
+        let put_back = match owned {
+            Ok(()) => tokio::fs::rename(&fresh, to).await.map_err(|error| {
+                Fault::new(
+                    Reason::StorageNotWritable,
+                    format!("the UEFI variables cannot be put back into '{to}': {error}"),
+                )
+                .with("path", to)
+            }),
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = put_back {
+            let _ = tokio::fs::remove_file(&fresh).await;
+            return Err(fault);
+        }
         Ok(super::plain(format!("'{to}' is as it was then")))
     }
 
@@ -284,22 +291,20 @@ impl Performer {
                 self.records_again(&kept).await?;
                 return Ok("the VM is back, and so are libvirt's records".into());
             }
-            Left::WentThrough => {
-                // What was there before is gone, so what was kept of it has to stay.
-                self.went_through();
-                self.notice(
-                    "REVERT_WENT_THROUGH",
-                    format!(
-                        "the VM is in snapshot '{name}' now: libvirt failed only after it had \
-                         reverted"
-                    ),
-                    "",
-                );
-                let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
-                self.redefine(&record, name, true).await?;
-                return Ok(format!("the VM is in snapshot '{name}' now"));
-            }
+            Left::WentThrough => return self.stay_reverted(name).await,
             Left::Off => self.hypervisor.destroy(self.vm()).await?,
+        }
+        if self.is_reverted(&kept).await? {
+            // As the steps that were to follow would have had it.
+            for step in &self.plan.steps {
+                if let Step::RestoreNvram { from, to } = step {
+                    self.restore_nvram(from, to).await?;
+                }
+            }
+            if matches!(self.plan.vm_state, VmState::Running | VmState::Paused) {
+                self.start(self.plan.vm_state == VmState::Paused).await?;
+            }
+            return self.stay_reverted(name).await;
         }
         let mut note = self.define_again(&kept).await?;
         match self.plan.vm_state {
@@ -322,6 +327,40 @@ impl Performer {
         // Last, because a VM that runs matters more than a record.
         self.records_again(&kept).await?;
         Ok(note)
+    }
+
+    /// What was there before is gone, so what was kept of it has to stay.
+    async fn stay_reverted(&self, name: &str) -> Result<String, Fault> {
+        self.went_through();
+        self.notice(
+            "REVERT_WENT_THROUGH",
+            format!(
+                "the VM is in snapshot '{name}' now: libvirt failed only after it had reverted"
+            ),
+            "",
+        );
+        let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
+        self.redefine(&record, name, true).await?;
+        Ok(format!("the VM is in snapshot '{name}' now"))
+    }
+
+    /// Whether a VM that is off was reverted all the same: what it had is gone, it
+    /// is defined on images that are its own, and libvirt takes the snapshot for the
+    /// current one. Empty images on what the old ones stood on would be a third
+    /// state that nobody asked for.
+    async fn is_reverted(&self, kept: &Kept<'_>) -> Result<bool, Fault> {
+        let defined = self.hypervisor.domain_xml(self.vm(), Xml::Inactive).await?;
+        let there = |path: &str| std::fs::metadata(path).is_ok();
+        let before = self.observer.disks_of_xml(kept.xml)?;
+        let now = self.observer.disks_of_xml(&defined)?;
+        Ok(before.iter().any(|(_, disk)| !there(&disk.path))
+            && now.iter().all(|(_, disk)| there(&disk.path))
+            && self.current_snapshot().await?.as_ref() == Some(&self.plan.snapshot)
+            && self
+                .observer
+                .frozen_image(self.vm(), Xml::Inactive)
+                .await?
+                .is_none())
     }
 
     /// What the failed revert left, once the VM has settled.

@@ -62,6 +62,9 @@ pub enum Action {
 }
 
 impl Action {
+    /// All stable words.
+    pub const NAMES: [&str; 6] = ["create", "revert", "commit", "list", "cleanup", "confirm"];
+
     /// Stable word for logs, tables and file names.
     #[must_use]
     pub fn name(&self) -> &'static str {

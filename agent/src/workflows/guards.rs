@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tokio_stream::StreamExt as _;
+use tracing::Instrument as _;
 
 use super::{Event, Submission, Workflows};
 use crate::{
@@ -69,7 +70,14 @@ impl Workflows {
             let wait = if guard.deadline > now {
                 Duration::try_from(now.duration_until(guard.deadline)).unwrap_or_default()
             } else {
-                match self.act(&guard, started).await? {
+                // Every line on it names the run that armed it, and its VM.
+                let span = tracing::error_span!(
+                    "guard",
+                    run = %guard.run,
+                    vm = %guard.vm,
+                    snapshot = %guard.snapshot,
+                );
+                match self.act(&guard, started).instrument(span).await? {
                     Acted::Settled => continue,
                     Acted::Later => AGAIN,
                 }
@@ -100,10 +108,11 @@ impl Workflows {
             }
             Err(fault) => return self.hold(guard, fault.message).await,
         }
-        tracing::warn!(vm = %guard.vm, snapshot = %guard.snapshot, "nobody confirmed: reverting");
+        tracing::warn!("nobody confirmed: reverting");
         match self.take_back(guard).await {
             Ok(()) => Ok(Acted::Settled),
-            // A merge ends some time, the agent is started again, libvirt comes back.
+            // A merge ends some time, the agent is started again, libvirt comes back,
+            // somebody makes room for the journal.
             Err(fault)
                 if matches!(
                     fault.reason,
@@ -111,9 +120,10 @@ impl Workflows {
                         | Reason::ShuttingDown
                         | Reason::LimitReached
                         | Reason::HypervisorUnreachable
+                        | Reason::JournalUnavailable
                 ) =>
             {
-                tracing::warn!(vm = %guard.vm, %fault, "the revert of a guarded change waits");
+                tracing::warn!(%fault, "the revert of a guarded change waits");
                 Ok(Acted::Later)
             }
             Err(fault) => {
@@ -170,10 +180,14 @@ impl Workflows {
     pub async fn ended(&self, run: &str) -> Result<(), Fault> {
         let mut events = self.watch(run, 1).await?;
         while let Some(event) = events.next().await {
-            if let Event::Record(record) = event
-                && let Record::Closed { fault, .. } = &record.record
-            {
-                return fault.clone().map_or(Ok(()), Err);
+            match event {
+                Event::Record(record) => {
+                    if let Record::Closed { fault, .. } = &record.record {
+                        return fault.clone().map_or(Ok(()), Err);
+                    }
+                }
+                Event::LeftOpen(why) => return Err(*why),
+                Event::Progress(..) | Event::Heartbeat(_) => {}
             }
         }
         Err(Fault::new(
@@ -184,8 +198,6 @@ impl Workflows {
 
     async fn hold(&self, guard: &Guard, why: String) -> Result<Acted, Fault> {
         tracing::error!(
-            vm = %guard.vm,
-            snapshot = %guard.snapshot,
             deadline = %guard.deadline,
             why = %why,
             "a guarded change was not confirmed and is held: confirm it, or revert"

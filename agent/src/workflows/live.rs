@@ -2,17 +2,20 @@
 //!
 //! Invariants: a record is in the journal before any watcher sees it; watchers
 //! read from a shared list at their own pace, so none of them can slow the run;
-//! progress may be missed, records never.
+//! progress may be missed, records never. A run that nobody can go on with for
+//! now is left open, and its watchers are told why.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use jiff::Timestamp;
 use tokio::sync::{broadcast, watch};
-use vmsnap_engine::{Cancel, Log, LogError};
+use vmsnap_engine::{Cancel, Closing, Log, LogError};
 use vmsnap_hypervisor::failpoint;
 
 use crate::{
     flow::{Record, Snapshots},
     journal::{Caller, Journal, Stamped},
+    operate::metrics,
     planning::{Fault, Reason, Request, issues},
 };
 
@@ -40,12 +43,18 @@ pub struct Live {
     pub request: Request,
     /// Who asked, for those who are told who is in the way.
     pub caller: Caller,
+    /// When it began.
+    pub started: Timestamp,
     /// Hash of the plan that its first caller demanded; empty for any.
     pub demanded: OnceLock<String>,
     /// Stops it.
     pub cancel: Cancel,
     /// Why it was stopped, when it was not by a caller.
     stop_reason: Mutex<Option<Fault>>,
+    /// Why its last record could not be written.
+    unwritten: Mutex<Option<Fault>>,
+    /// Why it does not go on for now.
+    left_open: OnceLock<Fault>,
     records: RwLock<Vec<Arc<Stamped>>>,
     written: watch::Sender<u64>,
     progress: broadcast::Sender<Progress>,
@@ -62,14 +71,20 @@ impl Live {
         records: Vec<Stamped>,
     ) -> Arc<Self> {
         let last = records.last().map_or(0, |record| record.sequence);
+        let started = records
+            .first()
+            .map_or_else(Timestamp::now, |record| record.time);
         Arc::new(Self {
             id,
             request_id,
             request,
             caller,
+            started,
             demanded: OnceLock::new(),
             cancel: Cancel::default(),
             stop_reason: Mutex::new(None),
+            unwritten: Mutex::default(),
+            left_open: OnceLock::new(),
             records: RwLock::new(records.into_iter().map(Arc::new).collect()),
             written: watch::Sender::new(last),
             progress: broadcast::Sender::new(64),
@@ -104,6 +119,37 @@ impl Live {
         let _ = self.progress.send(progress);
     }
 
+    /// Number of the last record.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        *self.written.borrow()
+    }
+
+    /// Leaves the run open: watchers get what there is, and then this.
+    pub fn leave_open(&self, why: Fault) {
+        let why = why
+            .with("workflow_id", &self.id)
+            .with("sequence", self.last());
+        let _ = self.left_open.set(why);
+        // Those who wait for a record look again.
+        self.written.send_modify(|_| {});
+    }
+
+    /// Why the run does not go on for now.
+    #[must_use]
+    pub fn left_open(&self) -> Option<&Fault> {
+        self.left_open.get()
+    }
+
+    /// Why the last record could not be written.
+    #[must_use]
+    pub fn unwritten(&self) -> Option<Fault> {
+        self.unwritten
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
     /// Stops the run, with the reason that its outcome will give.
     pub fn stop(&self, fault: Fault) {
         let mut reason = self
@@ -112,6 +158,43 @@ impl Live {
             .unwrap_or_else(PoisonError::into_inner);
         reason.get_or_insert(fault);
         self.cancel.request();
+    }
+
+    /// What every line of it carries. A level that no filter keeps out.
+    #[must_use]
+    pub fn span(&self) -> tracing::Span {
+        tracing::error_span!(
+            parent: None,
+            "run",
+            run = %self.id,
+            vm = %self.request.vm,
+            action = self.request.action.name(),
+            caller = %self.caller.identity.escape_debug(),
+        )
+    }
+
+    /// Logs its end, louder the more somebody has to act.
+    pub fn told_end(&self, closing: Closing) {
+        let seconds = Timestamp::now().duration_since(self.started).as_secs_f64();
+        let fault = self.records_from(1).iter().rev().find_map(|record| {
+            let Record::Closed { fault, .. } = &record.record else {
+                return None;
+            };
+            fault.as_ref().map(ToString::to_string)
+        });
+        let fault = fault.unwrap_or_default();
+        match closing {
+            Closing::Succeeded => tracing::info!(seconds, "run ends: succeeded"),
+            Closing::Cancelled => tracing::info!(seconds, %fault, "run ends: cancelled and undone"),
+            Closing::Refused => tracing::info!(%fault, "run ends: refused, nothing was touched"),
+            Closing::Failed => tracing::warn!(seconds, %fault, "run ends: failed and undone"),
+            Closing::Stuck => tracing::error!(
+                seconds,
+                %fault,
+                "run ends: a run is stuck: look at the VM, then say what was done with 'vmsnap \
+                 resolve'"
+            ),
+        }
     }
 
     /// Why it was stopped.
@@ -147,11 +230,21 @@ impl Log<Snapshots> for LiveLog {
             .journal
             .append(&self.live.id, record)
             .await
-            .map_err(|error| LogError(error.to_string()))?;
+            .map_err(|error| {
+                let lost = LogError(error.to_string());
+                let mut unwritten = self
+                    .live
+                    .unwritten
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                *unwritten = Some(error.into());
+                lost
+            })?;
         if !self.live.request.action.reads_only() {
             failpoint::killed_at("journal.record");
         }
         let sequence = stamped.sequence;
+        metrics::of_record(&self.live, &stamped);
         self.live
             .records
             .write()

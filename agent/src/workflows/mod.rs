@@ -8,13 +8,17 @@
 //!   it is over if that is asked for; without an id, an equal request joins only a
 //!   run that goes on.
 //! - Interrupted runs are recovered before anybody is served.
+//! - A run whose records cannot be written stays open and keeps the turn on its VM
+//!   until it could be undone and closed.
 
 mod guards;
 mod live;
+mod standing;
+mod stuck;
 mod watch;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -25,17 +29,17 @@ use std::{
 use jiff::Timestamp;
 use tokio::{
     runtime::Handle,
-    sync::{OwnedMutexGuard, Semaphore},
+    sync::{Notify, OwnedMutexGuard, Semaphore},
 };
+use tracing::Instrument as _;
 use vmsnap_engine::{Closing, Log as _, Run};
 use vmsnap_hypervisor::Hypervisor;
 
 use crate::{
     config::Config,
     flow::{Record, RunState},
-    journal::{Caller, Journal, JournalError, RunFilter, RunRow, RunStatus},
+    journal::{Caller, Journal, JournalError, Retention, RunFilter, RunRow, RunStatus},
     observe::Observer,
-    perform::Performer,
     planning::{self, Fault, Plan, Reason, Request},
     trust::{Sight, Turns},
 };
@@ -79,6 +83,11 @@ struct Inner {
     readers: Turns,
     /// Runs its runs, whoever asked for them.
     runtime: Handle,
+    /// Told when a run ended.
+    ended: Notify,
+    /// Stuck runs whose guests may be frozen.
+    maybe_frozen: Mutex<BTreeSet<String>>,
+    kept: Mutex<standing::Kept>,
 }
 
 /// A cheap handle to all runs.
@@ -91,9 +100,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl From<JournalError> for Fault {
     fn from(error: JournalError) -> Self {
-        Self::new(Reason::JournalUnavailable, error.to_string())
+        let fault = Self::new(Reason::JournalUnavailable, error.to_string());
+        match error {
+            JournalError::Full { path, need, free } => fault
+                .with("path", path)
+                .with("need_bytes", need)
+                .with("free_bytes", free),
+            JournalError::TooNew { path, .. }
+            | JournalError::Damaged { path, .. }
+            | JournalError::Io { path, .. } => fault.with("path", path),
+            JournalError::Unreadable { row, .. } => fault.with("row", row),
+            JournalError::Closed => fault,
+        }
     }
 }
+
+/// How soon a run that was left open is tried again at first, and at last.
+const LEFT_OPEN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+/// How often old runs are looked for when none ends.
+const PRUNE: Duration = Duration::from_secs(3600);
+/// How long to wait with it after a run: others may end too.
+const PRUNE_AFTER: Duration = Duration::from_secs(1);
 
 impl Workflows {
     /// Nothing goes on yet. Has to be called inside the runtime that runs belong to.
@@ -112,6 +139,9 @@ impl Workflows {
             places,
             readers: Turns::default(),
             runtime: Handle::current(),
+            ended: Notify::new(),
+            maybe_frozen: Mutex::default(),
+            kept: Mutex::default(),
         }))
     }
 
@@ -125,6 +155,12 @@ impl Workflows {
     #[must_use]
     pub fn readers(&self) -> &Turns {
         &self.0.readers
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.0.config
     }
 
     /// The journal.
@@ -251,13 +287,18 @@ impl Workflows {
             .await;
         if let Err(error) = begun {
             lock(&self.0.live).remove(&id);
-            return Err(error.into());
+            let fault = Fault::from(error);
+            // Somebody may have joined meanwhile.
+            live.leave_open(fault.clone());
+            return Err(fault);
         }
         let workflows = self.clone();
-        self.0.runtime.spawn(async move {
+        let span = live.span();
+        let driving = async move {
             let _place = place;
             workflows.drive(live, how).await;
-        });
+        };
+        self.0.runtime.spawn(driving.instrument(span));
         Ok(id)
     }
 
@@ -316,14 +357,7 @@ impl Workflows {
     }
 
     async fn drive(&self, live: Arc<Live>, how: Submission) {
-        let span_id = live.id.clone();
-        tracing::info!(
-            run = %span_id,
-            vm = %live.request.vm,
-            action = live.request.action.name(),
-            caller = %live.caller.identity.escape_debug(),
-            "run begins"
-        );
+        tracing::info!("run begins");
         let timer = how.timeout.map(|timeout| {
             let live = live.clone();
             tokio::spawn(async move {
@@ -341,18 +375,108 @@ impl Workflows {
             live: live.clone(),
             journal: self.0.journal.clone(),
         };
-        let closing = self.steps(&live, &log, &how).await;
+        let mut turn = None;
+        let closing = self.steps(&live, &log, &how, &mut turn).await;
         if let Some(timer) = timer {
             timer.abort();
         }
-        lock(&self.0.live).remove(&live.id);
         match closing {
             Ok(closing) => {
-                tracing::info!(run = %span_id, closing = ?closing, "run ends");
+                live.told_end(closing);
+                if closing == Closing::Stuck
+                    && let Err(fault) = self.is_stuck(&live.id).await
+                {
+                    tracing::error!(%fault, "the stuck run cannot be read");
+                }
             }
             Err(error) => {
-                tracing::error!(run = %span_id, %error, "run was left open: the journal failed");
+                tracing::error!(
+                    %error,
+                    "the journal failed: what the run held is let go, and the run is undone once \
+                     the journal can be written"
+                );
+                self.close_later(&live).await;
             }
+        }
+        lock(&self.0.live).remove(&live.id);
+        self.0.ended.notify_one();
+    }
+
+    /// Tells the watchers of a run that it does not go on, and undoes and closes it
+    /// as soon as the journal can be written. Its turn has to be held until then.
+    async fn close_later(&self, live: &Live) {
+        let why = live.unwritten().unwrap_or_else(|| {
+            Fault::new(Reason::Internal, "the journal holds an impossible record")
+        });
+        live.leave_open(Fault {
+            message: format!(
+                "{}; run {} is undone and closed once the journal can be written",
+                why.message, live.id
+            ),
+            ..why.clone()
+        });
+        let mut pause = LEFT_OPEN.0;
+        loop {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LEFT_OPEN.1);
+            // What is left open now is recovered at the next start.
+            if self.0.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            match self.try_to_close(live, &why).await {
+                Ok(()) => return,
+                Err(still) => {
+                    tracing::debug!(run = %live.id, %still, "the run cannot be closed yet");
+                }
+            }
+        }
+    }
+
+    async fn try_to_close(&self, live: &Live, why: &Fault) -> Result<(), Fault> {
+        self.0.journal.takes_records_of(&live.id).await?;
+        let run = self.run(&live.id).await?;
+        if run.status.is_over() {
+            return Ok(());
+        }
+        let fault = Fault {
+            message: format!(
+                "{}; the run was stopped by that, and undone when the journal could be written \
+                 again",
+                why.message
+            ),
+            ..why.clone()
+        };
+        self.recover_one(run, fault).await
+    }
+
+    /// Removes old runs now and then, for ever.
+    pub async fn keep_journal(self) {
+        let keep = &self.0.config.journal;
+        loop {
+            let age = (keep.keep_days > 0).then(|| {
+                jiff::SignedDuration::from_hours(i64::from(keep.keep_days).saturating_mul(24))
+            });
+            let stay = Retention {
+                before: age.map(|age| Timestamp::now() - age),
+                keep: keep.keep_runs,
+                bytes: u64::from(keep.max_mib) << 20,
+            };
+            match self.0.journal.prune(stay).await {
+                Ok(pruned) => {
+                    if pruned.runs > 0 {
+                        tracing::info!(
+                            runs = pruned.runs,
+                            "old runs were removed from the journal"
+                        );
+                    }
+                    if pruned.more {
+                        continue;
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "old runs stay in the journal"),
+            }
+            let _ = tokio::time::timeout(PRUNE, self.0.ended.notified()).await;
+            tokio::time::sleep(PRUNE_AFTER).await;
         }
     }
 
@@ -361,6 +485,7 @@ impl Workflows {
         live: &Arc<Live>,
         log: &LiveLog,
         how: &Submission,
+        turn: &mut Option<HeldTurn>,
     ) -> Result<Closing, vmsnap_engine::LogError> {
         let request = &live.request;
         let reads = request.action.reads_only() && !request.start_if_stopped;
@@ -368,14 +493,12 @@ impl Workflows {
             true => Some(self.0.readers.take(&live.caller.key()).await),
             false => None,
         };
-        let _turn = if reads {
-            None
-        } else {
+        if !reads {
             match self.turn(live, log).await? {
-                Ok(turn) => Some(turn),
+                Ok(taken) => *turn = Some(taken),
                 Err(fault) => return refuse(log, fault).await,
             }
-        };
+        }
         let planned = match self.0.observer.facts(request).await {
             Ok(facts) => planning::plan(request, &facts).map(|plan| (plan, facts)),
             Err(fault) => Err(fault),
@@ -396,14 +519,7 @@ impl Workflows {
             .with("found", &plan.hash);
             return refuse(log, fault).await;
         }
-        let performer = Performer::new(
-            self.0.hypervisor.clone(),
-            self.0.journal.clone(),
-            self.0.observer.clone(),
-            live.clone(),
-            plan.clone(),
-            Some(facts),
-        );
+        let performer = self.performer(live, plan.clone(), Some(facts));
         let state = folded(live);
         Run::new(state, &performer, log, live.cancel.clone())
             .execute(plan)
@@ -416,10 +532,7 @@ impl Workflows {
         live: &Arc<Live>,
         log: &LiveLog,
     ) -> Result<Result<HeldTurn, Fault>, vmsnap_engine::LogError> {
-        let turn = lock(&self.0.turns)
-            .entry(live.request.vm.clone())
-            .or_default()
-            .clone();
+        let turn = self.turn_on(&live.request.vm);
         let guard = match turn.lock.clone().try_lock_owned() {
             Ok(guard) => guard,
             Err(_) => {
@@ -439,11 +552,23 @@ impl Workflows {
                 }
             }
         };
-        *lock(&turn.holder) = Some(live.id.clone());
-        Ok(Ok(HeldTurn {
-            turn,
-            _guard: guard,
-        }))
+        Ok(Ok(HeldTurn::new(turn, guard, live)))
+    }
+
+    /// The turn on a VM, if nobody has it.
+    fn take_turn(&self, live: &Live) -> Option<HeldTurn> {
+        let turn = self.turn_on(&live.request.vm);
+        let guard = turn.lock.clone().try_lock_owned().ok()?;
+        Some(HeldTurn::new(turn, guard, live))
+    }
+
+    fn turn_on(&self, vm: &str) -> Arc<Turn> {
+        let mut turns = lock(&self.0.turns);
+        if turns.len() > 1_024 {
+            // Of VMs that nobody waits for, and of names that no VM has.
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        }
+        turns.entry(vm.to_owned()).or_default().clone()
     }
 
     /// Stops a run between its steps.
@@ -492,6 +617,7 @@ impl Workflows {
             note: note.to_owned(),
         };
         self.0.journal.append(id, resolved).await?;
+        lock(&self.0.maybe_frozen).remove(id);
         Ok(())
     }
 
@@ -519,29 +645,36 @@ impl Workflows {
         lock(&turn.holder).clone()
     }
 
-    /// Finishes or undoes what a former life of the agent left open.
+    /// Finishes or undoes what a former life of the agent left open. Where the
+    /// journal cannot be written, what was held is let go all the same, and the run
+    /// is closed later; nobody changes its VM before.
     ///
     /// # Errors
-    /// When the journal cannot be read or written.
+    /// When the journal cannot be read.
     pub async fn recover(&self) -> Result<usize, Fault> {
+        self.find_stuck().await?;
         let open = self.0.journal.open_runs().await?;
         let count = open.len();
         for run in open {
-            self.recover_one(run).await?;
-        }
-        self.prune_audit().await?;
-        if self.0.config.journal.keep_days > 0 {
-            let age = jiff::SignedDuration::from_hours(
-                i64::from(self.0.config.journal.keep_days).saturating_mul(24),
+            let interrupted = Fault::new(
+                Reason::Interrupted,
+                "the agent stopped in the middle of this run and undid it when it came back",
             );
-            let gone = self
-                .0
-                .journal
-                .prune(Timestamp::now() - age, self.0.config.journal.keep_runs)
-                .await?;
-            if gone > 0 {
-                tracing::info!(runs = gone, "old runs were removed from the journal");
-            }
+            let Err(fault) = self.recover_one(run.clone(), interrupted).await else {
+                continue;
+            };
+            tracing::error!(run = %run.id, vm = %run.request.vm, %fault, "an interrupted run stays open");
+            let records = self.0.journal.records(&run.id, 1).await?;
+            let live = Live::new(run.id, run.request_id, run.request, run.caller, records);
+            // Nobody is served yet: the turn is free.
+            let turn = self.take_turn(&live);
+            lock(&self.0.live).insert(live.id.clone(), live.clone());
+            let workflows = self.clone();
+            tokio::spawn(async move {
+                let _turn = turn;
+                workflows.close_later(&live).await;
+                lock(&workflows.0.live).remove(&live.id);
+            });
         }
         Ok(count)
     }
@@ -576,14 +709,14 @@ impl Workflows {
     /// Does that now and then, for ever.
     pub async fn keep_audit_short(self) {
         loop {
-            tokio::time::sleep(Duration::from_secs(600)).await;
             if let Err(fault) = self.prune_audit().await {
                 tracing::error!(%fault, "the audit trail cannot be shortened");
             }
+            tokio::time::sleep(Duration::from_secs(600)).await;
         }
     }
 
-    async fn recover_one(&self, run: RunRow) -> Result<(), Fault> {
+    async fn recover_one(&self, run: RunRow, fault: Fault) -> Result<(), Fault> {
         let records = self.0.journal.records(&run.id, 1).await?;
         let live = Live::new(
             run.id.clone(),
@@ -596,38 +729,37 @@ impl Workflows {
             live: live.clone(),
             journal: self.0.journal.clone(),
         };
-        let fault = Fault::new(
-            Reason::Interrupted,
-            "the agent stopped in the middle of this run and undid it when it came back",
-        );
         let state = folded(&live);
-        let closing = match state.plan.clone() {
-            None => refuse(&log, fault).await,
-            Some(plan) => {
-                let performer = Performer::new(
-                    self.0.hypervisor.clone(),
-                    self.0.journal.clone(),
-                    self.0.observer.clone(),
-                    live.clone(),
-                    *plan,
-                    None,
-                );
-                Run::new(state, &performer, &log, live.cancel.clone())
-                    .recover(fault)
-                    .await
+        let recovering = async {
+            tracing::info!("an interrupted run is recovered");
+            match state.plan.clone() {
+                None => refuse(&log, fault).await,
+                Some(plan) => {
+                    let performer = self.performer(&live, *plan, None);
+                    Run::new(state, &performer, &log, live.cancel.clone())
+                        .recover(fault)
+                        .await
+                }
             }
         };
-        match closing {
+        let span = live.span();
+        match recovering.instrument(span.clone()).await {
             Ok(closing) => {
-                tracing::warn!(run = %live.id, vm = %live.request.vm, ?closing, "an interrupted run was recovered");
+                span.in_scope(|| live.told_end(closing));
+                if closing == Closing::Stuck {
+                    self.is_stuck(&live.id).await?;
+                }
                 Ok(())
             }
-            Err(error) => Err(Fault::new(Reason::JournalUnavailable, error.to_string())),
+            Err(error) => Err(live
+                .unwritten()
+                .unwrap_or_else(|| Fault::new(Reason::JournalUnavailable, error.to_string()))),
         }
     }
 
     /// Takes no new runs, stops those that go on, and waits for them, but not
-    /// for ever. Returns how many were still going on.
+    /// for ever. Those that are still going on then are left open, which their
+    /// watchers are told. Returns how many.
     pub async fn shut_down(&self) -> usize {
         self.0.stopping.store(true, Ordering::Release);
         let deadline =
@@ -639,9 +771,21 @@ impl Workflows {
             ));
         }
         loop {
-            let left = lock(&self.0.live).len();
-            if left == 0 || tokio::time::Instant::now() >= deadline {
-                return left;
+            let left: Vec<Arc<Live>> = lock(&self.0.live).values().cloned().collect();
+            let goes_on = left.iter().any(|live| live.left_open().is_none());
+            if !goes_on || tokio::time::Instant::now() >= deadline {
+                for live in &left {
+                    live.leave_open(Fault::new(
+                        Reason::ShuttingDown,
+                        format!(
+                            "the agent stops while run {} goes on; it is undone or finished when \
+                             the agent is back, and can be watched then from record {} on",
+                            live.id,
+                            live.last() + 1
+                        ),
+                    ));
+                }
+                return left.len();
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -662,6 +806,16 @@ pub fn no_such_run(id: &str) -> Fault {
 struct HeldTurn {
     turn: Arc<Turn>,
     _guard: OwnedMutexGuard<()>,
+}
+
+impl HeldTurn {
+    fn new(turn: Arc<Turn>, guard: OwnedMutexGuard<()>, live: &Live) -> Self {
+        *lock(&turn.holder) = Some(live.id.clone());
+        Self {
+            turn,
+            _guard: guard,
+        }
+    }
 }
 
 impl Drop for HeldTurn {

@@ -2,7 +2,7 @@
 //!
 //! Invariants: each watcher has a task of its own and a bounded channel, so a
 //! slow one waits alone; records come in order and without gaps; the stream
-//! ends after the outcome.
+//! ends after the outcome, or with the reason why the run does not go on for now.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,6 +24,8 @@ pub enum Event {
     Progress(u64, Progress),
     /// Nothing happened for a while; the last record's number.
     Heartbeat(u64),
+    /// The run does not go on for now, and why: the last event.
+    LeftOpen(Box<Fault>),
 }
 
 impl Workflows {
@@ -81,6 +83,9 @@ async fn follow(
             if last {
                 return Ok(());
             }
+        }
+        if let Some(why) = live.left_open() {
+            return events.send(Event::LeftOpen(Box::new(why.clone()))).await;
         }
         let seen = next - 1;
         tokio::select! {

@@ -5,6 +5,7 @@
 
 pub mod audit;
 pub mod failure;
+pub mod health;
 pub mod issues;
 pub mod plan;
 pub mod result;
