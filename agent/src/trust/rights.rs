@@ -153,6 +153,8 @@ pub const RIGHTS: &[Right] = &[
     call(WORKFLOW, "ListWorkflows", Needs::Seeing),
     call(WORKFLOW, "ListGuards", Needs::Seeing),
     call(INVENTORY, "GetHost", Needs::Seeing),
+    // It names VMs and runs, also while libvirt does not tell which VMs there are.
+    call(INVENTORY, "GetHealth", Needs::Host(Role::Viewer)),
     call(INVENTORY, "ListVms", Needs::Seeing),
     call(INVENTORY, "GetVm", Needs::Over(Role::Viewer)),
     call(INVENTORY, "ListSnapshots", Needs::Seeing),

@@ -168,6 +168,7 @@ pub async fn call(channel: &Channel, service: &str, method: &str, vm: &str, id: 
         "ListWorkflows" => ask!(v1::ListWorkflowsRequest::default() => ListWorkflowsResponse),
         "ListGuards" => ask!(v1::ListGuardsRequest::default() => ListGuardsResponse),
         "GetHost" => ask!(v1::GetHostRequest {} => GetHostResponse),
+        "GetHealth" => ask!(v1::GetHealthRequest {} => GetHealthResponse),
         "ListVms" => ask!(v1::ListVmsRequest::default() => ListVmsResponse),
         "GetVm" => ask!(v1::GetVmRequest { vm_name } => GetVmResponse),
         "ListSnapshots" => ask!(v1::ListSnapshotsRequest::default() => ListSnapshotsResponse),
