@@ -136,10 +136,10 @@ pub struct Journal {
     pub keep_days: u32,
     /// The newest runs that stay whatever their age.
     pub keep_runs: u32,
-    /// MiB of runs from which on the oldest go, however young they are.
-    pub max_mib: u32,
     /// Entries of the audit trail that stay at most.
     pub keep_audit: u32,
+    /// MiB of runs from which on the oldest go, however young they are.
+    pub max_mib: u32,
 }
 
 /// `[storage]`
@@ -261,8 +261,8 @@ impl Default for Journal {
             path: "/var/lib/vmsnap/journal.db".into(),
             keep_days: 90,
             keep_runs: 1_000,
-            max_mib: 256,
             keep_audit: 100_000,
+            max_mib: 256,
         }
     }
 }
@@ -534,19 +534,6 @@ impl Config {
         self.listen.tcp.parse().ok()
     }
 
-    /// Where metrics are read; `None` when they are not, or it cannot be
-    /// understood.
-    #[must_use]
-    pub fn metrics_address(&self) -> Option<MetricsAddress> {
-        let listen = &self.metrics.listen;
-        let a_path =
-            listen.starts_with('/') && listen.len() <= 107 && !listen.chars().any(char::is_control);
-        if a_path {
-            return Some(MetricsAddress::Unix(listen.into()));
-        }
-        listen.parse().ok().map(MetricsAddress::Tcp)
-    }
-
     /// The address for mutual TLS.
     #[must_use]
     pub fn tls(&self) -> Option<SocketAddr> {
@@ -561,6 +548,19 @@ impl Config {
             key: self.tls.key.clone(),
             client_ca: self.tls.client_ca.clone(),
         })
+    }
+
+    /// Where metrics are read; `None` when they are not, or it cannot be
+    /// understood.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<MetricsAddress> {
+        let listen = &self.metrics.listen;
+        let a_path =
+            listen.starts_with('/') && listen.len() <= 107 && !listen.chars().any(char::is_control);
+        if a_path {
+            return Some(MetricsAddress::Unix(listen.into()));
+        }
+        listen.parse().ok().map(MetricsAddress::Tcp)
     }
 
     /// Time between heartbeats.

@@ -24,10 +24,10 @@ use crate::{
 
 /// How long streams may take to end once all runs are over.
 const STREAMS: Duration = Duration::from_secs(5);
-/// How long threads may take to end once everything else is over.
-const THREADS: Duration = Duration::from_secs(1);
 /// How far behind others the network's threads are, in steps of nice(2).
 const BEHIND: i32 = 10;
+/// How long threads may take to end once everything else is over.
+const THREADS: Duration = Duration::from_secs(1);
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
     tokio::runtime::Builder::new_multi_thread()
@@ -42,8 +42,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 /// A sentence that says what kept it from serving.
 pub fn serve(config: Config) -> Result<(), String> {
     logs::to_stderr(&config)?;
-    let network = network()?;
-    let runtime = runtime()?;
+    let (runtime, network) = (runtime()?, network()?);
     let served = runtime.block_on(run(config, network.handle().clone()));
     // A thread that reads a large file, or waits for libvirt, does not hold up the end.
     runtime.shutdown_timeout(THREADS);
@@ -168,8 +167,8 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
         hypervisor_version = %version(host.hypervisor_version),
         "connected"
     );
-    let shutdown = Duration::from_secs(config.limits.shutdown);
     let auditor = Auditor::new(journal.clone());
+    let shutdown = Duration::from_secs(config.limits.shutdown);
     let workflows = Workflows::new(hypervisor, journal, config);
     let recovered = workflows
         .recover()
@@ -190,14 +189,14 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
     );
 
     tokio::spawn(workflows.clone().keep_guards());
+    tokio::spawn(workflows.clone().keep_audit_short());
+    tokio::spawn(trust.clone().keep());
+    tokio::spawn(auditor.clone().keep());
     tokio::spawn(workflows.clone().keep_journal());
     tokio::spawn(workflows.clone().keep_stuck());
     if let Some((endpoint, handle)) = metrics {
         tokio::spawn(endpoint.serve(workflows.clone(), handle));
     }
-    tokio::spawn(workflows.clone().keep_audit_short());
-    tokio::spawn(trust.clone().keep());
-    tokio::spawn(auditor.clone().keep());
     let (stop, stopped) = watch::channel(false);
     let mut serving = tokio::spawn({
         let (workflows, auditor) = (workflows.clone(), auditor.clone());

@@ -108,8 +108,6 @@ pub enum Command {
         #[command(subcommand)]
         command: Option<IssuesCommand>,
     },
-    /// Tell what is wrong at the agent, and what to do about it; status 1 when something is
-    Health,
     /// Who changed what, and who was denied
     Audit(AuditArgs),
     /// Make a small CA and certificates for agents and people, or look at some
@@ -117,6 +115,8 @@ pub enum Command {
         #[command(subcommand)]
         command: CertCommand,
     },
+    /// Tell what is wrong at the agent, and what to do about it; status 1 when something is
+    Health,
     /// Show the versions of this program, of the agent and of its hypervisor
     Version,
 }

@@ -165,6 +165,11 @@ pub async fn run(cli: Cli) -> Result<Status, Trouble> {
             context.show(|| storage.to_json(), || render::storage::storage(&storage))
         }
         Command::Issues { command } => issues(&context, command).await,
+        Command::Audit(args) => audit(&context, &args).await,
+        Command::Cert { command } => {
+            let report = cert::run(&command).map_err(Trouble::Here)?;
+            context.show(|| report.json.clone(), || report.text.clone())
+        }
         Command::Health => {
             let health = context.connect().await?.health().await?;
             context.show(
@@ -176,11 +181,6 @@ pub async fn run(cli: Cli) -> Result<Status, Trouble> {
             } else {
                 Status::Failed
             })
-        }
-        Command::Audit(args) => audit(&context, &args).await,
-        Command::Cert { command } => {
-            let report = cert::run(&command).map_err(Trouble::Here)?;
-            context.show(|| report.json.clone(), || report.text.clone())
         }
         Command::Version => version(&context).await,
     }

@@ -178,8 +178,8 @@ words! {
     WaitFor "WAIT_FOR_",
     WorkflowState "WORKFLOW_STATE_",
     GuardState "GUARD_STATE_",
-    HealthProblemKind "HEALTH_PROBLEM_KIND_",
     AuditResult "AUDIT_RESULT_",
+    HealthProblemKind "HEALTH_PROBLEM_KIND_",
 }
 
 /// The word of a `google.rpc.Code`, such as `not_found`.

@@ -35,13 +35,13 @@ const PLAIN: &[&str] = &[
     "passt",
     "pkg-config",
     "procps",
+    "util-linux",
     // Rules and dashboard are tried in it.
     "prometheus",
     // rpmbuild.
     "rpm",
     // systemd-analyze and systemd-sysusers; it does not become the init system.
     "systemd",
-    "util-linux",
     "xz-utils",
     "zstd",
 ];

@@ -337,10 +337,11 @@ pub fn group_id_of(name: &str) -> io::Result<Option<u32>> {
     if let Ok(id) = name.parse() {
         return Ok(Some(id));
     }
-    host_groups().get(name).copied().map(Some).ok_or_else(|| {
+    let id = host_groups().get(name).copied().ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::NotFound,
             format!("the host has no group '{name}'"),
         )
-    })
+    })?;
+    Ok(Some(id))
 }

@@ -297,9 +297,9 @@ pub struct Journal {
     path: Arc<PathBuf>,
     /// Told when a guard was kept.
     guards: Arc<Notify>,
-    condition: Arc<Mutex<Condition>>,
     /// Told when the audit trail may have grown.
     audits: Arc<watch::Sender<()>>,
+    condition: Arc<Mutex<Condition>>,
 }
 
 impl Journal {
@@ -326,11 +326,11 @@ impl Journal {
             jobs,
             path: Arc::new(path.to_owned()),
             guards: Arc::default(),
+            audits: Arc::new(watch::Sender::new(())),
             condition: Arc::new(Mutex::new(Condition {
                 failing: None,
                 written: Instant::now(),
             })),
-            audits: Arc::new(watch::Sender::new(())),
         })
     }
 

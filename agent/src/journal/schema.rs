@@ -93,7 +93,7 @@ pub const MIGRATIONS: &[&str] = &[
 ",
     "
     CREATE INDEX runs_stuck ON runs (id) WHERE status = 'stuck';
- ",
+",
     "
     CREATE TABLE audit (
         sequence INTEGER PRIMARY KEY AUTOINCREMENT,

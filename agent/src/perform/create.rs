@@ -33,6 +33,12 @@ use crate::{
 
 /// How often progress of a memory capture is read.
 const POLL: Duration = Duration::from_millis(200);
+/// What QEMU says when it still has an image open that a killed libvirtd left in it
+/// in the middle of an earlier snapshot. libvirt takes the next name with each try
+/// (seen with 11.3), and has touched nothing by then.
+const NODE_LEFT: &str = "Duplicate nodes with node-name";
+/// How many such images are passed by: one for each disk and layer of one cut-off call.
+const NODES_LEFT: u32 = 8;
 
 impl Performer {
     pub(super) async fn create(
@@ -51,37 +57,25 @@ impl Performer {
                 .with("path", path));
             }
         }
-        self.journal.note_files(&self.live.id, made).await?;
         let spec = self.spec(new);
         let mut events = self.hypervisor.events();
-        let flushing = match &new.memory {
-            NewMemory::File(path) => Some(flush::Flush::start(path)),
-            _ => None,
-        };
-        let result = {
-            let creating = self.hypervisor.create_snapshot(self.vm(), &spec);
-            tokio::pin!(creating);
-            let mut aborted = false;
-            loop {
-                tokio::select! {
-                    result = &mut creating => break result,
-                    () = tokio::time::sleep(POLL) => {
-                        if new.memory == NewMemory::None || new.memory == NewMemory::Internal {
-                            continue;
-                        }
-                        if let Ok(Some(job)) = self.hypervisor.job(self.vm()).await {
-                            self.progress(index, "", job.processed, job.total);
-                        }
-                        if cancel.is_requested() && !aborted {
-                            // A late abort has no effect and the snapshot is
-                            // made all the same; undo then removes it.
-                            aborted = self.hypervisor.abort_job(self.vm()).await.is_ok();
-                        }
-                    }
+        let mut again = NODES_LEFT;
+        let (result, flushed) = loop {
+            self.journal.note_files(&self.live.id, made.clone()).await?;
+            let flushing = match &new.memory {
+                NewMemory::File(path) => Some(flush::Flush::start(path)),
+                _ => None,
+            };
+            let result = self.take_snapshot(index, new, &spec, cancel).await;
+            let flushed = flushing.map(flush::Flush::finish);
+            match &result {
+                Err(error) if again > 0 && error.to_string().contains(NODE_LEFT) => {
+                    again -= 1;
+                    self.remove_unused(&made).await?;
                 }
+                _ => break (result, flushed),
             }
         };
-        let flushed = flushing.map(flush::Flush::finish);
         if let Err(error) = result {
             return Err(self.explain(error, new).await);
         }
@@ -122,6 +116,37 @@ impl Performer {
                 None => String::new(),
             },
         })
+    }
+
+    /// The call itself, with the progress of a memory capture.
+    async fn take_snapshot(
+        &self,
+        index: usize,
+        new: &NewSnapshot,
+        spec: &SnapshotSpec,
+        cancel: &Cancel,
+    ) -> Result<(), vmsnap_hypervisor::Error> {
+        let creating = self.hypervisor.create_snapshot(self.vm(), spec);
+        tokio::pin!(creating);
+        let mut aborted = false;
+        loop {
+            tokio::select! {
+                result = &mut creating => return result,
+                () = tokio::time::sleep(POLL) => {
+                    if new.memory == NewMemory::None || new.memory == NewMemory::Internal {
+                        continue;
+                    }
+                    if let Ok(Some(job)) = self.hypervisor.job(self.vm()).await {
+                        self.progress(index, "", job.processed, job.total);
+                    }
+                    if cancel.is_requested() && !aborted {
+                        // A late abort has no effect and the snapshot is
+                        // made all the same; undo then removes it.
+                        aborted = self.hypervisor.abort_job(self.vm()).await.is_ok();
+                    }
+                }
+            }
+        }
     }
 
     fn spec(&self, new: &NewSnapshot) -> SnapshotSpec {

@@ -80,14 +80,14 @@ struct Inner {
     turns: Mutex<HashMap<String, Arc<Turn>>>,
     stopping: AtomicBool,
     places: Arc<Semaphore>,
+    readers: Turns,
+    /// Runs its runs, whoever asked for them.
+    runtime: Handle,
     /// Told when a run ended.
     ended: Notify,
     /// Stuck runs whose guests may be frozen.
     maybe_frozen: Mutex<BTreeSet<String>>,
     kept: Mutex<standing::Kept>,
-    readers: Turns,
-    /// Runs its runs, whoever asked for them.
-    runtime: Handle,
 }
 
 /// A cheap handle to all runs.
@@ -137,11 +137,11 @@ impl Workflows {
             turns: Mutex::default(),
             stopping: AtomicBool::new(false),
             places,
+            readers: Turns::default(),
+            runtime: Handle::current(),
             ended: Notify::new(),
             maybe_frozen: Mutex::default(),
             kept: Mutex::default(),
-            readers: Turns::default(),
-            runtime: Handle::current(),
         }))
     }
 
@@ -151,16 +151,16 @@ impl Workflows {
         &self.0.observer
     }
 
-    /// The configuration.
-    #[must_use]
-    pub fn config(&self) -> &Config {
-        &self.0.config
-    }
-
     /// Whose turn it is to read.
     #[must_use]
     pub fn readers(&self) -> &Turns {
         &self.0.readers
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.0.config
     }
 
     /// The journal.
