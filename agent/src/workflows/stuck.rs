@@ -97,7 +97,7 @@ impl Workflows {
             run.id,
             run.request_id,
             run.request,
-            run.caller.identity,
+            run.caller,
             Vec::new(),
         );
         let span = live.span();
