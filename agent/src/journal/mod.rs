@@ -491,7 +491,9 @@ impl Journal {
     pub async fn append(&self, run: &str, record: Record) -> Result<Stamped, JournalError> {
         let run = run.to_owned();
         let closes = matches!(record, Record::Closed { .. });
-        let stamped = self.write(move |db| store::append(db, &run, record)).await?;
+        let stamped = self
+            .write(move |db| store::append(db, &run, record))
+            .await?;
         if closes {
             self.audits.send_replace(());
         }

@@ -666,13 +666,7 @@ impl Workflows {
             };
             tracing::error!(run = %run.id, vm = %run.request.vm, %why, "an interrupted run stays open");
             let records = self.0.journal.records(&run.id, 1).await?;
-            let live = Live::new(
-                run.id,
-                run.request_id,
-                run.request,
-                run.caller,
-                records,
-            );
+            let live = Live::new(run.id, run.request_id, run.request, run.caller, records);
             // Nobody is served yet: the turn is free.
             let turn = self.take_turn(&live);
             lock(&self.0.live).insert(live.id.clone(), live.clone());

@@ -93,13 +93,7 @@ impl Workflows {
         let (RunStatus::Stuck, Some(plan)) = (run.status, plan) else {
             return Ok(Some("the run was resolved"));
         };
-        let live = Live::new(
-            run.id,
-            run.request_id,
-            run.request,
-            run.caller,
-            Vec::new(),
-        );
+        let live = Live::new(run.id, run.request_id, run.request, run.caller, Vec::new());
         let span = live.span();
         let performer = self.performer(&live, *plan, None);
         let note = performer.thawed_by_now().instrument(span.clone()).await?;
