@@ -14,7 +14,7 @@ use vmsnap_hypervisor::{Hypervisor, Options};
 use crate::{
     api::{Endpoints, Handed},
     config::Config,
-    journal::Journal,
+    journal::{Closing, Journal},
     logs,
     operate::{activation, metrics, notify::Notifier, scrape},
     planning::actions::kind::version,
@@ -28,6 +28,8 @@ const STREAMS: Duration = Duration::from_secs(5);
 const BEHIND: i32 = 10;
 /// How long threads may take to end once everything else is over.
 const THREADS: Duration = Duration::from_secs(1);
+/// How long closing the journal may take.
+const CLOSE: Duration = Duration::from_secs(5);
 
 fn runtime() -> Result<tokio::runtime::Runtime, String> {
     tokio::runtime::Builder::new_multi_thread()
@@ -43,10 +45,16 @@ fn runtime() -> Result<tokio::runtime::Runtime, String> {
 pub fn serve(config: Config) -> Result<(), String> {
     logs::to_stderr(&config)?;
     let (runtime, network) = (runtime()?, network()?);
-    let served = runtime.block_on(run(config, network.handle().clone()));
+    let mut closing = None;
+    let served = runtime.block_on(run(config, network.handle().clone(), &mut closing));
     // A thread that reads a large file, or waits for libvirt, does not hold up the end.
     runtime.shutdown_timeout(THREADS);
     network.shutdown_timeout(THREADS);
+    // With the tasks the journal's handles are gone: its last records go where a
+    // copy of the one file finds them.
+    if let Some(closing) = closing {
+        closing.wait(CLOSE);
+    }
     served
 }
 
@@ -128,7 +136,11 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
     })
 }
 
-async fn run(config: Config, network: Handle) -> Result<(), String> {
+async fn run(
+    config: Config,
+    network: Handle,
+    closing: &mut Option<Closing>,
+) -> Result<(), String> {
     let manager = Notifier::from_environment();
     let starting = manager.starting();
     let handed = activation::take()?;
@@ -155,6 +167,7 @@ async fn run(config: Config, network: Handle) -> Result<(), String> {
     };
     let _owner = own(path)?;
     let journal = Journal::open(path).map_err(|error| error.to_string())?;
+    *closing = Some(journal.closing());
     let hypervisor = connect(&config).await?;
     let host = hypervisor
         .host()

@@ -210,6 +210,9 @@ fn a_service_manager_hands_its_socket_over_and_hears_how_the_agent_is() {
         "{log}"
     );
     assert!(Path::new(&socket).exists(), "the socket is the manager's");
+    // All of the journal is in its one file.
+    assert!(Path::new(&folder.path("journal.db")).exists());
+    assert!(!Path::new(&folder.path("journal.db-wal")).exists());
 }
 
 #[test]

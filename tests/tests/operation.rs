@@ -299,7 +299,8 @@ fn a_scrape_and_health_answer_while_libvirt_hangs_and_say_since_when_it_is_gone(
         .spawn()?;
     let hung = (|| {
         eventually(LONG, "a call in flight", || {
-            scrape().is_ok_and(|text| value(&text, "vmsnap_calls_in_flight") >= Some(1.0))
+            let text = scrape();
+            text.is_ok_and(|text| value(&text, "vmsnap_calls_in_flight") >= Some(1.0))
         })?;
         let since = Instant::now();
         scrape()?;

@@ -224,7 +224,7 @@ impl Lanes {
         let free = self.in_flight.available_permits()
             + self.release_in_flight.available_permits()
             + self.guest_in_flight.available_permits();
-        (IN_FLIGHT + 2 * PER_LANE).saturating_sub(free)
+        (IN_FLIGHT + PER_LANE + GUESTS).saturating_sub(free)
     }
 
     /// Waits until no call on `scope` is late.

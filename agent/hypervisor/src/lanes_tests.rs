@@ -48,9 +48,11 @@ async fn a_call_past_its_deadline_is_answered_while_its_thread_goes_on() {
     assert_eq!(*error.kind(), ErrorKind::Overdue { after: SHORT });
     assert!(error.outcome_unknown());
     assert_eq!(lanes.late(), 1);
+    assert_eq!(lanes.in_flight(), 1);
     drop(release);
     lanes.settled("web").await;
     assert_eq!(lanes.late(), 0);
+    assert_eq!(lanes.in_flight(), 0);
 }
 
 #[tokio::test]

@@ -300,6 +300,21 @@ pub struct Journal {
     /// Told when the audit trail may have grown.
     audits: Arc<watch::Sender<()>>,
     condition: Arc<Mutex<Condition>>,
+    /// Disconnected once the file is closed.
+    closed: Arc<Mutex<mpsc::Receiver<()>>>,
+}
+
+/// Waits for a journal's end; keeps none open.
+#[derive(Debug)]
+pub struct Closing(Arc<Mutex<mpsc::Receiver<()>>>);
+
+impl Closing {
+    /// Waits until the file is closed, once all handles are gone, but not for ever:
+    /// what is left in the log then is read by whoever opens it next.
+    pub fn wait(self, most: Duration) {
+        let closed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = closed.recv_timeout(most);
+    }
 }
 
 impl Journal {
@@ -311,12 +326,16 @@ impl Journal {
     pub fn open(path: &Path) -> Result<Self, JournalError> {
         let mut connection = schema::open(path)?;
         let (jobs, inbox) = mpsc::channel::<Job>();
+        let (open, closed) = mpsc::channel::<()>();
         thread::Builder::new()
             .name("journal".into())
             .spawn(move || {
                 while let Ok(job) = inbox.recv() {
                     job(&mut connection);
                 }
+                // Puts all into the one file and removes the log.
+                drop(connection);
+                drop(open);
             })
             .map_err(|error| JournalError::Io {
                 path: path.display().to_string(),
@@ -327,11 +346,18 @@ impl Journal {
             path: Arc::new(path.to_owned()),
             guards: Arc::default(),
             audits: Arc::new(watch::Sender::new(())),
+            closed: Arc::new(Mutex::new(closed)),
             condition: Arc::new(Mutex::new(Condition {
                 failing: None,
                 written: Instant::now(),
             })),
         })
+    }
+
+    /// Tells of its end.
+    #[must_use]
+    pub fn closing(&self) -> Closing {
+        Closing(self.closed.clone())
     }
 
     /// Looks whether a journal could be opened, and changes nothing.
