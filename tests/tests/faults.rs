@@ -735,7 +735,7 @@ fn merge_of(vm: &str) -> v1::WorkflowSpec {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_watchers_slow_no_run_and_those_that_do_not_read_cost_little() -> Result<()> {
     let lab = Lab::from_env()?;
-    let agent = lab.agent("[limits]\nheartbeat = 1\n")?;
+    let agent = lab.agent("[limits]\nheartbeat = 1\nmax_streams_per_peer = 1100\n")?;
     let alone = merging(&lab, &agent, 24)?;
     let watched = merging(&lab, &agent, 24)?;
     let tcp = agent.tcp()?;
