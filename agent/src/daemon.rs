@@ -136,11 +136,7 @@ async fn connect(config: &Config) -> Result<Hypervisor, String> {
     })
 }
 
-async fn run(
-    config: Config,
-    network: Handle,
-    closing: &mut Option<Closing>,
-) -> Result<(), String> {
+async fn run(config: Config, network: Handle, closing: &mut Option<Closing>) -> Result<(), String> {
     let manager = Notifier::from_environment();
     let starting = manager.starting();
     let handed = activation::take()?;
