@@ -15,7 +15,10 @@ mod setup;
 mod sources;
 mod system;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -51,8 +54,8 @@ enum Verb {
         #[arg(long, default_value_t = 100_000)]
         inputs: u64,
     },
-    /// Break every action at every place, and judge what is left; the last line
-    /// counts cells, runs and failures (see docs/contract.md).
+    /// Walk where nobody walked before, then break every action at every place, and
+    /// judge what is left; the last line counts cells, runs and failures (see docs/contract.md).
     Soak {
         /// One place in twelve, and all of holds and points of no return.
         #[arg(long)]
@@ -148,6 +151,12 @@ fn demo() -> Result<()> {
 
 fn soak(short: bool, seed: usize, only: &str) -> Result<()> {
     build()?;
+    if !short && only.is_empty() {
+        let mut walks = in_lab()?;
+        walks.args(["-E", "binary(walk)"]);
+        walks.env("VMSNAP_WALK_SEED", "new");
+        step("walks that nobody went before", walks)?;
+    }
     let mut lab = command(target().join("debug/vmsnap-lab"), ["soak"]);
     lab.args(["--seed", &seed.to_string(), "--only", only]);
     if short {
@@ -179,6 +188,13 @@ fn test(runner: &[String]) -> Result<()> {
         "doc tests",
         cargo(["test", "--workspace", "--doc", "--locked", "--quiet"]),
     )?;
+    let mut lab = in_lab()?;
+    lab.args(runner);
+    replace("tests", lab)
+}
+
+/// The test runner in a lab of its own.
+fn in_lab() -> Result<Command> {
     // Built before the lab is up, so that guests do not share the cores with
     // the compiler.
     let mut tests = setup::nextest()?;
@@ -188,7 +204,6 @@ fn test(runner: &[String]) -> Result<()> {
     let mut lab = command(target().join("debug/vmsnap-lab"), ["up", "--"]);
     lab.arg(nextest.get_program())
         .args(nextest.get_args())
-        .args(["run", "--workspace", "--locked"])
-        .args(runner);
-    replace("tests", lab)
+        .args(["run", "--workspace", "--locked"]);
+    Ok(lab)
 }
