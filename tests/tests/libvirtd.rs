@@ -92,7 +92,8 @@ fn sizes(pid: u32) -> Result<(usize, usize)> {
 fn a_hung_libvirtd_is_told_in_time_and_recovered_from_without_a_restart() -> Result<()> {
     let mut owned = OwnedLab::start(0)?;
     let lab = owned.lab.clone();
-    let mut agent = lab.agent("")?;
+    // All thousand are let in, so that each meets libvirt.
+    let mut agent = lab.agent("[limits]\nmax_calls = 1100\nmax_calls_per_peer = 1100\n")?;
     // A hung daemon is told from a slow one within five seconds, not fifteen.
     agent.reconfigure("[libvirt]\n", "[libvirt]\nread_timeout = 6\n")?;
     agent.stop();

@@ -69,7 +69,7 @@ impl Performer {
             let result = self.take_snapshot(index, new, &spec, cancel).await;
             let flushed = flushing.map(flush::Flush::finish);
             match &result {
-                Err(error) if again > 0 && error.to_string().contains(NODE_LEFT) => {
+                Err(error) if again > 0 && faults::sentence(error).contains(NODE_LEFT) => {
                     again -= 1;
                     self.remove_unused(&made).await?;
                 }
