@@ -88,6 +88,7 @@ import sqlite3
 db = sqlite3.connect("/var/lib/vmsnap/journal.db")
 newest = db.execute("PRAGMA user_version").fetchone()[0]
 db.execute("DROP INDEX runs_stuck")
+db.execute("DROP TABLE audit")
 db.execute("PRAGMA user_version = 3")
 db.commit()
 print("# schema", newest)

@@ -194,8 +194,10 @@ impl<'a, F: Flow, P: Perform<F>, L: Log<F>> Run<'a, F, P, L> {
             if let Err(lost) = self.write(Record::UndoStarted { index }).await {
                 return self.abandon(lost).await;
             }
+            // What the run failed with says so already; anything else needs somebody.
+            let known = self.state.has_failed(index);
             let outcome = self.settle(index, &F::steps(&plan)[index]).await;
-            stuck |= outcome.is_err();
+            stuck |= outcome.is_err() && !known;
             let written = self.write(Record::UndoFinished { index, outcome }).await;
             if let Err(lost) = written {
                 return self.abandon(lost).await;

@@ -167,6 +167,12 @@ impl<F: Flow> RunState<F> {
         })
     }
 
+    /// Whether a step was taken and failed, and nothing was done about it yet.
+    #[must_use]
+    pub fn has_failed(&self, index: usize) -> bool {
+        matches!(self.steps.get(index), Some(StepState::Failed))
+    }
+
     /// The steps that a run which does not go on still has to take, in order,
     /// because what came before them cannot be undone.
     #[must_use]
