@@ -23,7 +23,7 @@ use vmsnap_tests::{Agent, Blank, BlankSpec, Lab, command};
 /// Where a walk goes unless told otherwise.
 const SEED: u64 = 8_098_710_831_100_342_620;
 /// Steps of each walk unless told otherwise.
-const STEPS: usize = 150;
+const STEPS: usize = 100;
 /// Disks of the domain.
 const DISKS: [&str; 2] = ["vda", "vdb"];
 /// Regions of each disk that are written and compared.

@@ -155,6 +155,7 @@ fn soak(short: bool, seed: usize, only: &str) -> Result<()> {
         let mut walks = in_lab()?;
         walks.args(["-E", "binary(walk)"]);
         walks.env("VMSNAP_WALK_SEED", "new");
+        walks.env("VMSNAP_WALK_STEPS", "300");
         step("walks that nobody went before", walks)?;
     }
     let mut lab = command(target().join("debug/vmsnap-lab"), ["soak"]);
