@@ -111,14 +111,26 @@ impl OwnedLab {
         daemon.is_none_or(|daemon| matches!(daemon.try_wait(), Ok(Some(_))))
     }
 
-    /// Starts its libvirtd again after it ended, and waits until it answers.
+    /// Starts its libvirtd again after it ended, and waits until it answers. One
+    /// that crashes while it comes up is started again, as a service manager would:
+    /// libvirt 11.3 does where it was killed at the beginning of a merge.
     ///
     /// # Errors
     /// When it does not come up.
     pub fn start_libvirtd(&mut self) -> Result<()> {
-        let started = daemon_of(&self.lab, "libvirtd")?;
-        if let Some(last) = self.daemons.last_mut() {
-            *last = started;
+        for _ in 0..5 {
+            let started = daemon_of(&self.lab, "libvirtd")?;
+            if let Some(last) = self.daemons.last_mut() {
+                *last = started;
+            }
+            let up = eventually(Duration::from_secs(60), "libvirtd, up or ended", || {
+                self.libvirtd_ended() || self.lab.virsh(["version"]).is_ok()
+            });
+            // It may crash a moment after it answers.
+            std::thread::sleep(Duration::from_millis(300));
+            if up.is_ok() && !self.libvirtd_ended() {
+                break;
+            }
         }
         answers(&self.lab)
     }

@@ -280,7 +280,7 @@ impl Performer {
         let mut notes = Vec::new();
         // libvirt may have been stopped in the middle of its own pause.
         if new.stops_guest && self.ran_before() {
-            let domain = self.hypervisor.domain(self.vm()).await?;
+            let domain = self.as_it_is_now().await?;
             if domain.state == DomainState::Paused && !domain.reason.is_io_error() {
                 self.run_again().await?;
                 notes.push("the VM runs again".to_owned());

@@ -9,7 +9,7 @@ use std::{
 };
 
 use vmsnap_engine::Hold;
-use vmsnap_hypervisor::{DomainState, ErrorKind, FreezeStatus, Xml};
+use vmsnap_hypervisor::{DomainState, DomainSummary, ErrorKind, FreezeStatus, Xml};
 
 use super::{Performer, lock, plain};
 use crate::{
@@ -222,7 +222,7 @@ impl Performer {
             return Ok("the VM was not suspended".into());
         }
         // The step is planned only for a VM that runs.
-        let domain = self.hypervisor.domain(self.vm()).await?;
+        let domain = self.as_it_is_now().await?;
         let reason = domain.reason;
         if domain.state == DomainState::Paused && (reason.is_user() || reason.is_unknown()) {
             self.run_again().await?;
@@ -233,6 +233,17 @@ impl Performer {
             "the VM is {}, which is not ours",
             domain.state.name()
         ))
+    }
+
+    /// The VM as QEMU has it. A libvirtd that has just come back tells what it had
+    /// written down until it has asked QEMU, and then that the VM is paused after
+    /// all; it answers a question about jobs only after that (measured on 11.3).
+    pub(super) async fn as_it_is_now(&self) -> Result<DomainSummary, Fault> {
+        let domain = self.hypervisor.domain(self.vm()).await?;
+        if domain.state != DomainState::Running || self.hypervisor.job(self.vm()).await.is_err() {
+            return Ok(domain);
+        }
+        Ok(self.hypervisor.domain(self.vm()).await?)
     }
 
     /// Resumes, and makes sure that the VM runs.
