@@ -63,10 +63,15 @@ fn a_change_that_nobody_confirms_is_taken_back_and_its_state_is_kept_beside() ->
         domain.state().is_ok_and(|state| state == "running")
     })?;
     assert!(domain.has_pattern("vda", 1, 0, 65_536)?);
-    let log = agent.vmsnap(&["log", name])?;
-    let newest = &log.document()?["workflows"][0];
-    assert_eq!(newest["caller"]["identity"], "agent");
-    assert_eq!(newest["state"], "succeeded");
+    // The VM runs before the run that reverted it is closed.
+    let newest = || -> Result<Value> {
+        let log = agent.vmsnap(&["log", name])?;
+        Ok(log.document()?["workflows"][0].clone())
+    };
+    eventually(LONG, "the end of that run", || {
+        newest().is_ok_and(|run| run["state"] == "succeeded")
+    })?;
+    assert_eq!(newest()?["caller"]["identity"], "agent");
     // What was taken back is not lost.
     let safety = domain
         .snapshots()?
