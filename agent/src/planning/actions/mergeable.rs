@@ -162,23 +162,6 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
             ),
         ));
     }
-    if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
-        let order: Vec<&str> = tree::descendants_leaf_first(facts, &snapshot.name)
-            .into_iter()
-            .map(|below| below.name.as_str())
-            .collect();
-        return Err(Fault::new(
-            Reason::SnapshotBranches,
-            format!(
-                "snapshot '{}' is on a branch that the present state does not stand on, and \
-                 libvirt deletes only from its end: delete {} first, in this order",
-                snapshot.name,
-                order.join(", ")
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("branches", order.join(",")));
-    }
     if snapshot.current && !children.is_empty() {
         return Err(in_the_way(
             snapshot,
