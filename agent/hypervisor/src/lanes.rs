@@ -327,9 +327,8 @@ impl Lanes {
                         panic_words(panic.as_ref()),
                     ))
                 });
-                ticket.came_back(&late, result.as_ref().err());
                 // The places are free before the caller goes on: its next call finds them.
-                drop(held);
+                ticket.came_back(&late, held, result.as_ref().err());
                 let _ = answer.send(result);
             })
         };
@@ -420,7 +419,11 @@ impl Ticket {
         true
     }
 
-    fn came_back(&self, late: &Late, fault: Option<&Fault>) {
+    /// The call ended: it is no longer late, and its places (`held`) are free.
+    ///
+    /// Both at once, under the locks of the late calls: whoever sees that nothing is late finds
+    /// the places free, and whoever gets such a place finds nothing late.
+    fn came_back(&self, late: &Late, held: impl Sized, fault: Option<&Fault>) {
         if let (true, Some(gate)) = (self.asks, &self.gate) {
             let silent = fault.is_some() && self.call.since.elapsed() >= SILENT;
             gate.silent.store(silent, Ordering::Relaxed);
@@ -433,7 +436,6 @@ impl Ticket {
         if let Some(at) = all.iter().position(|call| *call == self.call) {
             all.swap_remove(at);
         }
-        drop(all);
         if let Some(gate) = &self.gate {
             let mut calls = lock(&gate.late);
             if let Some(at) = calls
@@ -442,9 +444,13 @@ impl Ticket {
             {
                 calls.swap_remove(at);
             }
+            drop(held);
             drop(calls);
             gate.settled.notify_waiters();
+        } else {
+            drop(held);
         }
+        drop(all);
         warn!(
             operation = self.call.operation,
             subject = self.call.subject,
