@@ -63,6 +63,7 @@ fn revert(task: &Task) -> v1::RevertOptions {
         sync_clock: Some(task.flag("sync_clock")),
         force: task.flag("force"),
         max_age: given_time(task, "max_age"),
+        disks_only: task.flag("disks_only"),
     }
 }
 

@@ -167,6 +167,13 @@ pub const VM_SNAPSHOT: &[Argument] = &[
     )
     .or(Fallback::Flag(false))
     .only_for(REVERT),
+    Argument::new(
+        "disks_only",
+        Kind::Flag,
+        "go back to the disks alone, without the memory that was saved",
+    )
+    .or(Fallback::Flag(false))
+    .only_for(REVERT),
     Argument::new("all", Kind::Flag, "merge the whole chain of the VM")
         .or(Fallback::Flag(false))
         .only_for(COMMIT),

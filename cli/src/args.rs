@@ -235,6 +235,9 @@ pub struct RevertArgs {
     /// Refuse a snapshot that is older
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub max_age: Option<Duration>,
+    /// Go back to the disks alone, without the memory that was saved: where it is gone or cannot be loaded
+    #[arg(long)]
+    pub disks_only: bool,
     #[command(flatten)]
     pub run: RunArgs,
 }

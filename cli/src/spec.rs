@@ -68,6 +68,7 @@ pub fn revert(args: &RevertArgs) -> v1::WorkflowSpec {
             sync_clock: Some(!args.no_sync_clock),
             force: args.force,
             max_age: args.max_age.map(to_wire),
+            disks_only: args.disks_only,
         }),
         ..spec(&args.vm, v1::Action::Revert, Some(&args.name), &args.run)
     }

@@ -306,7 +306,7 @@ messages! {
     }
     RevertOptions {
         state_after: StateAfter, safety_snapshot, wait_for: WaitFor,
-        wait_timeout as "wait_timeout_ms", sync_clock, force, max_age as "max_age_ms",
+        wait_timeout as "wait_timeout_ms", sync_clock, force, max_age as "max_age_ms", disks_only,
     }
     CommitOptions { all, resize_bytes, resize_disk, allow_shrink, bandwidth_bytes_per_second }
     CleanupOptions {

@@ -127,6 +127,14 @@ const SCENARIOS: &[Scenario] = &[
         ..PLAIN
     },
     Scenario {
+        name: "revert disks alone",
+        before: &["one", "two"],
+        making: &["--memory"],
+        action: &["revert", "VM", "one", "--disks-only"],
+        makes: None,
+        ..PLAIN
+    },
+    Scenario {
         name: "revert internal",
         before: &["one"],
         making: &["--kind", "internal"],
@@ -781,7 +789,7 @@ fn learn(lab: &Lab, scenario: &Scenario) -> Result<Vec<(Fault, bool)>> {
             let title = event["title"].as_str().unwrap_or_default();
             let edge = matches!(
                 step,
-                "freeze" | "suspend" | "revert" | "delete-snapshot" | "resize"
+                "freeze" | "suspend" | "revert" | "revert-disks" | "delete-snapshot" | "resize"
             ) || title.contains("delete")
                 || title.contains("merge");
             held |= kind == "hold_taken";

@@ -18,7 +18,7 @@ use tonic_health::pb::{
 use vmsnap_client::Failure;
 use vmsnap_proto::v1::{self, inventory_service_client::InventoryServiceClient};
 use vmsnap_tests::{
-    Agent, BlankSpec, OwnedLab,
+    Agent, BlankSpec, Closed, OwnedLab,
     command::{run, signal},
     eventually, eventually_some,
 };
@@ -226,5 +226,60 @@ fn a_hung_libvirtd_is_told_in_time_and_recovered_from_without_a_restart() -> Res
     drop(stopped);
     call.kill()?;
     call.wait()?;
+    Ok(())
+}
+
+#[test]
+fn a_snapshot_that_libvirt_forgot_is_left_for_its_next_start_where_others_descend_from_it()
+-> Result<()> {
+    let mut owned = OwnedLab::start(0)?;
+    let lab = owned.lab.clone();
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    let name = domain.name.as_str();
+    for (snapshot, more) in [("warm", &["--memory"][..]), ("later", &[])] {
+        let mut words = vec!["create", name, snapshot];
+        words.extend(more);
+        agent.vmsnap(&words)?.result()?;
+    }
+    domain.write_pattern("vda", 3, 0, 4096)?;
+    let before = (domain.files()?, domain.disk("vda")?, domain.snapshots()?);
+    let records = lab.folder.join("config/libvirt/qemu/snapshot").join(name);
+    let mut closed = None;
+    let revert = ["revert", name, "warm", "--disks-only"];
+    let failed = agent.vmsnap_seen(&revert, |event| {
+        if event["name"] == "keep-definition" {
+            closed = Closed::new(&records).ok();
+        }
+    })?;
+    drop(closed);
+    let outcome = failed.outcome()?;
+    assert_eq!(outcome["state"], "stuck", "{}", failed.said);
+    // The guest is not what hangs.
+    assert_eq!(domain.state()?, "running");
+    assert!(domain.has_pattern("vda", 3, 0, 4096)?);
+    assert_eq!((domain.files()?, domain.disk("vda")?), (before.0, before.1));
+    assert_eq!(domain.snapshots()?, ["later"]);
+    assert!(agent.log().contains("has forgotten it"));
+
+    let libvirtd = owned.libvirtd().context("its pid")?;
+    signal(libvirtd, Signal::TERM);
+    eventually(SOON, "end of libvirtd", || owned.libvirtd_ended())?;
+    owned.start_libvirtd()?;
+    eventually(SOON, "a VM that is known again", || {
+        domain.snapshots().is_ok()
+    })?;
+    assert_eq!(domain.snapshots()?, before.2);
+    let run = outcome["workflow_id"].as_str().context("its id")?;
+    let said = ["--note", "libvirtd was started anew"];
+    let mut words = vec!["resolve", run];
+    words.extend(said);
+    let resolved = agent.vmsnap(&words)?;
+    ensure!(resolved.status == 0, "{}", resolved.said);
+    agent.vmsnap(&revert)?.result()?;
+    for snapshot in ["later", "warm"] {
+        agent.vmsnap(&["cleanup", name, snapshot])?.result()?;
+    }
+    assert!(domain.snapshots()?.is_empty());
     Ok(())
 }

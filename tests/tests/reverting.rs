@@ -18,6 +18,9 @@ use vmsnap_tests::{
     eventually, eventually_some,
 };
 
+#[path = "reverting/without_memory.rs"]
+mod without_memory;
+
 /// Where and how much of a disk is written to tell states apart.
 const AT: u64 = 1 << 20;
 const BYTES: u64 = 64 << 10;

@@ -448,12 +448,28 @@ impl Hypervisor {
     }
 
     /// The record of a snapshot with other overlays (target and file) of the
-    /// present state: those are what libvirt deletes on the next revert.
+    /// present state: those are what libvirt deletes on the next revert. It names
+    /// them `beside` the snapshot's own where other snapshots descend from it, and
+    /// instead of those otherwise, as libvirt 11.3 does in its own revert.
     ///
     /// # Errors
     /// When the record cannot be understood.
-    pub fn with_revert_overlays(xml: &str, overlays: &[(String, String)]) -> Result<String, Error> {
-        snapshot_xml::with_revert_overlays(xml, overlays)
+    pub fn with_overlays(
+        xml: &str,
+        overlays: &[(String, String)],
+        beside: bool,
+    ) -> Result<String, Error> {
+        snapshot_xml::with_overlays(xml, overlays, beside)
+            .map_err(|fault| Error::new("understand", "a snapshot's record", fault))
+    }
+
+    /// The definition that a revert to a snapshot brings back, from its record,
+    /// with other images (target and qcow2 file) under its disks.
+    ///
+    /// # Errors
+    /// When the record cannot be understood, or holds no such disk with a file.
+    pub fn definition_on(xml: &str, images: &[(String, String)]) -> Result<String, Error> {
+        snapshot_xml::definition_on(xml, images)
             .map_err(|fault| Error::new("understand", "a snapshot's record", fault))
     }
 
@@ -471,6 +487,16 @@ impl Hypervisor {
             .filter(|disk| disk.mode == SnapshotMode::External)
             .filter_map(|disk| disk.file)
             .collect())
+    }
+
+    /// Parent of the snapshot, by its record.
+    ///
+    /// # Errors
+    /// When the record cannot be understood.
+    pub fn parent_of_record(xml: &str) -> Result<Option<String>, Error> {
+        let snapshot = snapshot_xml::parse(xml)
+            .map_err(|fault| Error::new("understand", "a snapshot's record", fault))?;
+        Ok(snapshot.parent)
     }
 
     /// Replaces libvirt's record of a snapshot, on disk too; no image is

@@ -3,12 +3,12 @@
 //! Invariant: whatever a caller gives ends up as text or attribute value, never
 //! as markup.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, ops::Range};
 
 use quick_xml::escape::escape;
 
 use crate::{
-    definition::{self, child, child_text},
+    definition::{self, DiskSource, child, child_text},
     error::Fault,
     snapshot::{
         SnapshotDiskInfo, SnapshotDiskMode, SnapshotInfo, SnapshotMemory, SnapshotMemoryInfo,
@@ -135,16 +135,20 @@ pub(crate) fn parse(xml: &str) -> Result<SnapshotInfo, Fault> {
 
 /// The same record with other overlays of the present state: what libvirt takes
 /// for its own on the next revert, and deletes then.
-pub(crate) fn with_revert_overlays(
+///
+/// libvirt keeps them beside the snapshot's own overlays where those hold the data
+/// of another snapshot (`beside`), and instead of them otherwise.
+pub(crate) fn with_overlays(
     xml: &str,
     overlays: &[(String, String)],
+    beside: bool,
 ) -> Result<String, Fault> {
     let document = definition::document(xml)?;
     let root = document.root_element();
     let Some(disks) = child(root, "disks") else {
         return Err(Fault::malformed("a snapshot without <disks>"));
     };
-    let mut fresh = String::from("\n  <revertDisks>");
+    let mut fresh = String::new();
     for (target, file) in overlays {
         // Writing into a string cannot fail.
         let _ = write!(
@@ -155,18 +159,103 @@ pub(crate) fn with_revert_overlays(
             escape(file)
         );
     }
-    fresh.push_str("</revertDisks>");
-    let mut edits = vec![(disks.range().end..disks.range().end, fresh.as_str())];
-    if let Some(old) = child(root, "revertDisks") {
-        edits.push((old.range(), ""));
+    let mut edits = Vec::new();
+    if !beside {
+        let others = disks
+            .children()
+            .filter(|disk| disk.has_tag_name("disk"))
+            .filter_map(|disk| disk.attribute("name"))
+            .filter(|name| overlays.iter().all(|(target, _)| target != name));
+        for name in others {
+            let _ = write!(fresh, "<disk name='{}' snapshot='no'/>", escape(name));
+        }
+        edits.push((disks.range(), format!("<disks>{fresh}</disks>")));
+    } else if !overlays.is_empty() {
+        let end = disks.range().end;
+        let fresh = format!("\n  <revertDisks>{fresh}</revertDisks>");
+        edits.push((end..end, fresh));
     }
+    if let Some(old) = child(root, "revertDisks") {
+        edits.push((old.range(), String::new()));
+    }
+    Ok(edited(xml, edits))
+}
+
+/// The definition that a revert brings back, with other images under its disks
+/// (target and qcow2 file).
+pub(crate) fn definition_on(xml: &str, images: &[(String, String)]) -> Result<String, Fault> {
+    let document = definition::document(xml)?;
+    let root = document.root_element();
+    let inactive = child(root, "inactiveDomain");
+    let Some(domain) = inactive.or_else(|| child(root, "domain")) else {
+        return Err(Fault::malformed("a snapshot without a definition"));
+    };
+    let mut edits = Vec::new();
+    for (target, file) in images {
+        let disk = child(domain, "devices")
+            .into_iter()
+            .flat_map(|devices| devices.children())
+            .filter(|disk| disk.has_tag_name("disk"))
+            .find(|disk| {
+                child(*disk, "target").and_then(|of| of.attribute("dev")) == Some(target.as_str())
+            })
+            .filter(|disk| definition::source_kind(disk.attribute("type")) == DiskSource::File);
+        let source = disk.and_then(|disk| child(disk, "source"));
+        let (Some(disk), Some(path)) = (
+            disk,
+            source.and_then(|source| source.attribute_node("file")),
+        ) else {
+            return Err(Fault::malformed(format!(
+                "a definition in which disk {target} has no file"
+            )));
+        };
+        edits.push((path.range_value(), escape(file).into_owned()));
+        match child(disk, "driver") {
+            Some(driver) => match driver.attribute_node("type") {
+                Some(format) => edits.push((format.range_value(), "qcow2".to_owned())),
+                None => {
+                    let end = driver.range().start + "<driver".len();
+                    edits.push((end..end, " type='qcow2'".to_owned()));
+                }
+            },
+            None => {
+                let start = disk
+                    .first_child()
+                    .map_or(disk.range().end, |it| it.range().start);
+                edits.push((
+                    start..start,
+                    "<driver name='qemu' type='qcow2'/>".to_owned(),
+                ));
+            }
+        }
+        // What the former image stood on. libvirt looks at the new one itself.
+        edits.extend(child(disk, "backingStore").map(|below| (below.range(), String::new())));
+    }
+    let range = domain.range();
+    let text = &xml[range.clone()];
+    let mut edits: Vec<_> = edits
+        .into_iter()
+        .map(|(at, with)| (at.start - range.start..at.end - range.start, with))
+        .collect();
+    if inactive.is_some() {
+        let open = 1.."<inactiveDomain".len();
+        edits.push((open, "domain".to_owned()));
+        if let Some(at) = text.rfind("</inactiveDomain") {
+            edits.push((at + 2..at + "</inactiveDomain".len(), "domain".to_owned()));
+        }
+    }
+    Ok(edited(text, edits))
+}
+
+/// A text with parts of it replaced.
+fn edited(text: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
     // From the end on, so that what lies before keeps its place.
     edits.sort_by_key(|(range, _)| std::cmp::Reverse(range.start));
-    let mut text = xml.to_owned();
+    let mut text = text.to_owned();
     for (range, with) in edits {
-        text.replace_range(range, with);
+        text.replace_range(range, &with);
     }
-    Ok(text)
+    text
 }
 
 #[cfg(test)]
@@ -227,7 +316,7 @@ mod tests {
         // The overlays of the present state are replaced, and nothing else.
         for before in [xml.to_owned(), xml.replace("revertDisks", "other")] {
             let other = vec![("vda".to_owned(), "/a & b".to_owned())];
-            let changed = parse(&with_revert_overlays(&before, &other).unwrap()).unwrap();
+            let changed = parse(&with_overlays(&before, &other, true).unwrap()).unwrap();
             assert_eq!(changed.revert_disks.len(), 1);
             assert_eq!(changed.revert_disks[0].file.as_deref(), Some("/a & b"));
             let rest = SnapshotInfo {
@@ -235,6 +324,81 @@ mod tests {
                 ..changed
             };
             assert_eq!(rest, parse(&before).unwrap());
+        }
+        // Without children they take the place of the snapshot's own.
+        let other = vec![("vda".to_owned(), "/a.18".to_owned())];
+        let leaf = xml.replace("</disks>", "<disk name='sda' snapshot='external'/></disks>");
+        let changed = parse(&with_overlays(&leaf, &other, false).unwrap()).unwrap();
+        assert!(changed.revert_disks.is_empty());
+        let disks: Vec<_> = changed
+            .disks
+            .iter()
+            .map(|disk| (disk.target.as_str(), disk.mode, disk.file.as_deref()))
+            .collect();
+        assert_eq!(
+            disks,
+            [
+                ("vda", SnapshotMode::External, Some("/a.18")),
+                ("sda", SnapshotMode::No, None)
+            ]
+        );
+        let none = parse(&with_overlays(xml, &[], true).unwrap()).unwrap();
+        assert!(none.revert_disks.is_empty());
+        assert_eq!(none.disks, parse(xml).unwrap().disks);
+    }
+
+    #[test]
+    fn the_definition_of_a_snapshot_is_put_on_other_images_and_is_else_what_it_was() {
+        let disk = |image: &str, format: &str, below: &str| {
+            format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'/>\
+                 <source file='{image}'><seclabel model='dac' relabel='no'/></source>{below}\
+                 <target dev='vda' bus='virtio'/></disk>\
+                 <disk type='file' device='disk'><source file='{image}'/><target dev='vdb'/></disk>\
+                 <disk type='file' device='cdrom'><driver name='qemu' type='raw'/>\
+                 <source file='/cd.iso'/><target dev='sda'/></disk>"
+            )
+        };
+        let body = |disks: &str| {
+            format!(
+                " type='kvm' xmlns:qemu='urn:q'><name>d</name><devices>{disks}</devices>\
+                 <qemu:commandline><qemu:arg value='-x'/></qemu:commandline>"
+            )
+        };
+        let then = body(&disk(
+            "/a &amp; b",
+            "raw",
+            "<backingStore type='file'><format type='raw'/></backingStore>",
+        ));
+        let images = [
+            ("vda".to_owned(), "/a & b.17".to_owned()),
+            ("vdb".to_owned(), "/c.17".to_owned()),
+        ];
+        let now = body(&disk("/a &amp; b.17", "qcow2", "").replacen(
+            "<disk type='file' device='disk'><source file='/a &amp; b.17'/>",
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/c.17'/>",
+            1,
+        ));
+        let live = "<domain type='kvm'><name>live</name></domain>";
+        let running = format!(
+            "<domainsnapshot><name>s</name>{live}<inactiveDomain{then}</inactiveDomain></domainsnapshot>"
+        );
+        let off = format!("<domainsnapshot><name>s</name><domain{then}</domain></domainsnapshot>");
+        for record in [running, off] {
+            let definition = definition_on(&record, &images).unwrap();
+            assert_eq!(definition, format!("<domain{now}</domain>"));
+        }
+        for (record, images) in [
+            (
+                "<domainsnapshot><name>s</name></domainsnapshot>",
+                &images[..],
+            ),
+            (
+                "<domainsnapshot><domain><devices/></domain></domainsnapshot>",
+                &images[..1],
+            ),
+        ] {
+            assert!(definition_on(record, images).is_err());
         }
     }
 }

@@ -197,7 +197,7 @@ fn read(xml: &str) -> Result<(), TestCaseError> {
     }
     if let Ok(before) = snapshot_xml::parse(xml)
         && let Ok(changed) =
-            snapshot_xml::with_revert_overlays(xml, &[("vda".into(), "/it's <&>".into())])
+            snapshot_xml::with_overlays(xml, &[("vda".into(), "/it's <&>".into())], true)
     {
         // The record of another snapshot was never made of this one.
         let after = snapshot_xml::parse(&changed)
@@ -211,6 +211,18 @@ fn read(xml: &str) -> Result<(), TestCaseError> {
             .map(|disk| disk.file.as_deref())
             .collect();
         prop_assert_eq!(overlays, [Some("/it's <&>")]);
+    }
+    if let Ok(definition) = snapshot_xml::definition_on(xml, &[("vda".into(), "/it's <&>".into())])
+    {
+        let domain = definition::parse(&definition)
+            .map_err(|error| TestCaseError::fail(format!("{error:?} in {definition}")))?;
+        let disk = domain.disks.iter().find(|disk| disk.target == "vda");
+        prop_assert_eq!(
+            disk.and_then(|disk| disk.path.as_deref()),
+            Some("/it's <&>"),
+            "{}",
+            definition
+        );
     }
     Ok(())
 }

@@ -203,7 +203,9 @@ fn disk(disk: &Disk) -> v1::Disk {
 pub fn snapshot(vm_name: &str, snapshot: &Snapshot, all: &[Snapshot]) -> v1::Snapshot {
     let (health, detail) = match &snapshot.health {
         Health::Whole => (v1::SnapshotHealth::Whole, String::new()),
-        Health::DataMissing(detail) => (v1::SnapshotHealth::DataMissing, detail.clone()),
+        Health::DataMissing(detail) | Health::MemoryMissing(detail) => {
+            (v1::SnapshotHealth::DataMissing, detail.clone())
+        }
         Health::Torn(detail) => (v1::SnapshotHealth::Torn, detail.clone()),
         Health::MergedAway(detail) => (v1::SnapshotHealth::MergedAway, detail.clone()),
         Health::MetadataOnly => (

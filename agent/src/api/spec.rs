@@ -266,6 +266,7 @@ fn revert(name: String, options: v1::RevertOptions, problems: &mut Problems) -> 
         sync_clock: options.sync_clock.unwrap_or(true),
         force: options.force,
         max_age: problems.duration("revert.max_age", options.max_age),
+        disks_only: options.disks_only,
     }
 }
 
@@ -369,6 +370,7 @@ pub fn spec(request: &Request) -> v1::WorkflowSpec {
                 sync_clock: Some(revert.sync_clock),
                 force: revert.force,
                 max_age: duration(revert.max_age),
+                disks_only: revert.disks_only,
             });
         }
         Action::Commit(commit) => {

@@ -25,7 +25,7 @@ use crate::{
     observe::{DiskImage, Reading},
     planning::{
         Done, Fault, Reason, Step,
-        facts::{Consistency, SnapshotRecord, folder_of},
+        facts::{Consistency, FileUser, SnapshotRecord, folder_of},
         files,
         step::{NewDisk, NewMemory, NewSnapshot, ToRecord},
     },
@@ -373,6 +373,16 @@ impl Performer {
 
     /// Deletes files of ours that no chain of any VM names.
     pub(super) async fn remove_unused(&self, paths: &[String]) -> Result<String, Fault> {
+        self.remove_files(paths, None).await
+    }
+
+    /// The same, also where a snapshot of this VM still names them as its own
+    /// overlays.
+    pub(super) async fn remove_files(
+        &self,
+        paths: &[String],
+        overlays_of: Option<&str>,
+    ) -> Result<String, Fault> {
         let mut there = Vec::new();
         for path in paths {
             if tokio::fs::symlink_metadata(path).await.is_ok() {
@@ -385,7 +395,13 @@ impl Performer {
             let asked = there.iter().map(|path| (*path).clone()).collect();
             let users = self.observer.users_of_files(asked, Reading::Fresh).await?;
             for path in there {
-                if users.get(path).is_some_and(|users| !users.is_empty()) {
+                let spared = |user: &FileUser| {
+                    overlays_of.is_some()
+                        && user.snapshot.as_deref() == overlays_of
+                        && user.vm == self.vm()
+                };
+                let mut users = users.get(path).into_iter().flatten();
+                if users.any(|user| !spared(user)) {
                     kept.push(path);
                     continue;
                 }

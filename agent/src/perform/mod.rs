@@ -103,7 +103,7 @@ impl Performer {
     /// Whether a start comes after a revert.
     fn reverts(&self) -> bool {
         let mut steps = self.plan.steps.iter();
-        steps.any(|step| matches!(step, Step::Revert { .. }))
+        steps.any(|step| matches!(step, Step::Revert { .. } | Step::RevertDisks { .. }))
     }
 
     fn notice(&self, code: &str, message: impl Into<String>, advice: impl Into<String>) {
@@ -173,7 +173,11 @@ impl Performer {
             Step::CopyNvram { from, to } => self.copy_nvram(from, to).await,
             Step::CreateSnapshot(new) => self.create(index, new, cancel).await,
             Step::RecordSnapshot(record) => self.record(record, done).await,
-            Step::CheckSnapshot { name, nvram } => self.check_snapshot(name, nvram.as_ref()).await,
+            Step::CheckSnapshot {
+                name,
+                nvram,
+                disks_only,
+            } => self.check_snapshot(name, nvram.as_ref(), !disks_only).await,
             Step::MendRecord { name, overlays } => self.mend_record(name, overlays).await,
             Step::KeepDefinition => self.keep_definition().await,
             Step::Revert {
@@ -183,6 +187,11 @@ impl Performer {
                 force,
                 ..
             } => self.revert(name, *running, *paused, *force).await,
+            Step::RevertDisks {
+                name,
+                disks,
+                definition,
+            } => self.revert_disks(name, disks, *definition, done).await,
             Step::RestoreNvram { from, to } => self.restore_nvram(from, to).await,
             Step::ArmGuard {
                 snapshot,
@@ -244,6 +253,9 @@ impl Performer {
                 Ok("the record is forgotten".into())
             }
             Step::Revert {
+                name, definition, ..
+            }
+            | Step::RevertDisks {
                 name, definition, ..
             } => self.undo_revert(name, *definition, done).await,
             Step::DeleteSnapshot {

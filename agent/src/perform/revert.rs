@@ -11,7 +11,9 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use vmsnap_hypervisor::{DomainState, DomainSummary, Hypervisor, RevertFlags, Xml, image, saved};
+use vmsnap_hypervisor::{
+    DomainState, DomainSummary, ErrorKind, Hypervisor, RevertFlags, What, Xml, image, saved,
+};
 
 use super::{Performer, create};
 use crate::{
@@ -19,7 +21,8 @@ use crate::{
     planning::{
         Done, Fault, Reason, Step,
         facts::{Kind, Memory, Snapshot, VmState, folder_of},
-        lineage,
+        health::WITHOUT_MEMORY,
+        lineage, names,
     },
 };
 
@@ -36,6 +39,35 @@ struct Kept<'a> {
     records: &'a [(String, String)],
     current: Option<&'a str>,
     overlays: &'a [(String, Vec<String>)],
+}
+
+impl<'a> Kept<'a> {
+    fn of(definition: usize, done: &'a [Option<Done>]) -> Option<Self> {
+        let Some(Done::Definition {
+            xml,
+            id,
+            backing,
+            records,
+            current,
+            overlays,
+        }) = done.get(definition)?.as_ref()
+        else {
+            return None;
+        };
+        Some(Self {
+            xml,
+            id: *id,
+            backing,
+            records,
+            current: current.as_deref(),
+            overlays,
+        })
+    }
+
+    fn record(&self, name: &str) -> Option<&'a str> {
+        let (_, record) = self.records.iter().find(|(of, _)| of == name)?;
+        Some(record)
+    }
 }
 
 /// What a failed revert left of the VM.
@@ -57,9 +89,12 @@ impl Performer {
         &self,
         name: &str,
         nvram: Option<&(String, String)>,
+        memory: bool,
     ) -> Result<Done, Fault> {
         let snapshot = self.snapshot(name)?;
-        check_memory(&snapshot, true).await?;
+        if memory {
+            check_memory(&snapshot, true).await?;
+        }
         if let Some((copy, file)) = nvram {
             check_nvram(&snapshot, copy, file).await?;
         }
@@ -72,7 +107,7 @@ impl Performer {
         overlays: &[(String, String)],
     ) -> Result<Done, Fault> {
         let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
-        let mended = Hypervisor::with_revert_overlays(&record, overlays)?;
+        let mended = Hypervisor::with_overlays(&record, overlays, true)?;
         self.redefine(&mended, name, true).await?;
         Ok(super::plain("it names the overlays of the present state"))
     }
@@ -143,7 +178,15 @@ impl Performer {
             reset_nvram: false,
         };
         let began = since_epoch().as_secs();
-        self.hypervisor.revert(self.vm(), name, flags).await?;
+        let reverted = self.hypervisor.revert(self.vm(), name, flags).await;
+        reverted.map_err(|error| {
+            let mut fault = Fault::from(error);
+            if matches!(snapshot.memory, Memory::External(_)) {
+                let way = format!("; if its memory is what cannot be loaded, {WITHOUT_MEMORY}");
+                fault.message.push_str(&way);
+            }
+            fault
+        })?;
         // QEMU leaves the disks of loaded memory inactive until it is resumed: what
         // writes or merges before that fails, or ends QEMU.
         if matches!(snapshot.memory, Memory::External(_))
@@ -152,6 +195,75 @@ impl Performer {
             self.hypervisor.activate_disks(self.vm()).await?;
         }
         self.note_overlays(began).await?;
+        Ok(super::plain(""))
+    }
+
+    /// Does what libvirt's revert does, but for the memory, which libvirt loads in any
+    /// case: fresh overlays on the data of the snapshot, its definition with them,
+    /// and the records as libvirt would have them. What was there before goes last,
+    /// so that until then all of it can be taken back.
+    pub(super) async fn revert_disks(
+        &self,
+        name: &str,
+        targets: &[String],
+        definition: usize,
+        done: &[Option<Done>],
+    ) -> Result<Done, Fault> {
+        let snapshot = self.snapshot(name)?;
+        let lost = |what: &str| Fault::new(Reason::Internal, format!("{what} was not kept"));
+        let kept = Kept::of(definition, done).ok_or_else(|| lost("the definition"))?;
+        let record = kept.record(name).ok_or_else(|| lost("the record"))?;
+        self.pace(&snapshot).await?;
+        let second = since_epoch().as_secs();
+        let then = Hypervisor::definition_on(record, &[])?;
+        let mut images = self.observer.disks_of_xml(&then)?;
+        images.retain(|(target, _)| targets.contains(target));
+        let overlays: Vec<(String, String)> = images
+            .iter()
+            .map(|(target, image)| {
+                let stem = names::overlay_stem(&image.path);
+                (target.clone(), format!("{stem}.{second}"))
+            })
+            .collect();
+        let fresh: Vec<String> = overlays.iter().map(|(_, path)| path.clone()).collect();
+        self.journal
+            .note_files(&self.live.id, fresh.clone())
+            .await?;
+        for ((_, image), overlay) in images.iter().zip(&fresh) {
+            let format = image.format.as_deref().unwrap_or("raw");
+            image::create_overlay(Path::new(overlay), Path::new(&image.path), format).await?;
+            self.observer.same_owner(&image.path, overlay)?;
+        }
+        let fresh_definition = Hypervisor::definition_on(record, &overlays)?;
+
+        // From here on the guest is off.
+        self.hypervisor.destroy(self.vm()).await?;
+        self.hypervisor.define(&fresh_definition).await?;
+        let beside = self
+            .hypervisor
+            .snapshots(self.vm())
+            .await?
+            .iter()
+            .any(|other| other.parent.as_deref() == Some(name));
+        let fresh_record = Hypervisor::with_overlays(record, &overlays, beside)?;
+        self.redefine(&fresh_record, name, true).await?;
+        let mut left_behind = Vec::new();
+        if let Some((former, record)) = kept
+            .current
+            .and_then(|former| Some((former, kept.record(former)?)))
+        {
+            left_behind = Hypervisor::overlays_of_record(record)?;
+            let without = Hypervisor::with_overlays(record, &[], true)?;
+            if former != name && without != record {
+                self.redefine(&without, former, false).await?;
+            }
+        }
+        let present = self.observer.disks_of_xml(kept.xml)?;
+        left_behind.retain(|path| present.iter().any(|(_, image)| image.path == *path));
+        // The revert is done, whatever stays of the state before it.
+        if let Err(fault) = self.remove_files(&left_behind, kept.current).await {
+            self.notice("FILES_LEFT", fault.message, "vmsnap cleanup removes them");
+        }
         Ok(super::plain(""))
     }
 
@@ -263,24 +375,8 @@ impl Performer {
         definition: usize,
         done: &[Option<Done>],
     ) -> Result<String, Fault> {
-        let Some(Done::Definition {
-            xml,
-            id,
-            backing,
-            records,
-            current,
-            overlays,
-        }) = done.get(definition).and_then(Option::as_ref)
-        else {
+        let Some(kept) = Kept::of(definition, done) else {
             return Ok("the revert never began".into());
-        };
-        let kept = Kept {
-            xml,
-            id: *id,
-            backing,
-            records,
-            current: current.as_deref(),
-            overlays,
         };
         match self.left(&kept).await? {
             Left::Untouched => {
@@ -469,19 +565,65 @@ impl Performer {
             .map(|(_, disk)| disk.path)
             .collect();
         let mut for_nothing = Vec::new();
+        let mut records = Vec::new();
         for (name, record) in kept.records {
-            let now = self.hypervisor.snapshot_xml(self.vm(), name).await?;
+            let parent = Hypervisor::parent_of_record(record)?;
+            records.push((name, parent, record, self.record_now(name).await?));
+        }
+        // libvirt takes no record whose parent it does not know.
+        if let [(_, parent, ..), (name, ..)] = &records[..]
+            && parent.as_ref() == Some(*name)
+        {
+            records.reverse();
+        }
+        for (name, _, record, now) in records {
             let before = Hypervisor::overlays_of_record(record)?;
-            for overlay in Hypervisor::overlays_of_record(&now)? {
+            for overlay in Hypervisor::overlays_of_record(now.as_deref().unwrap_or(record))? {
                 if !in_use.contains(&overlay) && !before.contains(&overlay) {
                     for_nothing.push(overlay);
                 }
+            }
+            if now.is_none()
+                && let Err(fault) = self.nothing_descends_from(name).await
+            {
+                self.remove_overlays(kept).await?;
+                return Err(fault);
             }
             self.redefine(record, name, kept.current == Some(name))
                 .await?;
         }
         self.remove_unused(&for_nothing).await?;
         self.remove_overlays(kept).await
+    }
+
+    /// libvirt's record of a snapshot. None when it has forgotten the snapshot, which
+    /// libvirt 11.3 does when it cannot write a record that replaces the one before;
+    /// the file with that is still there.
+    async fn record_now(&self, name: &str) -> Result<Option<String>, Fault> {
+        match self.hypervisor.snapshot_xml(self.vm(), name).await {
+            Ok(record) => Ok(Some(record)),
+            Err(error) if *error.kind() == ErrorKind::NotFound(What::Snapshot) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Leaves libvirt's memory alone where it has forgotten a snapshot from which
+    /// others descend: libvirt 11.3 crashes when that is recorded anew.
+    async fn nothing_descends_from(&self, name: &str) -> Result<(), Fault> {
+        let all = self.hypervisor.snapshots(self.vm()).await?;
+        if all.iter().all(|one| one.parent.as_deref() != Some(name)) {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Reason::HypervisorFailed,
+            format!(
+                "libvirt could not write its record of snapshot '{name}' and has forgotten it; its \
+                 file is still there: give libvirt room or the right to write in its folder of \
+                 snapshots, and start libvirt's daemon anew, which reads it again; guests go on \
+                 meanwhile"
+            ),
+        )
+        .with("snapshot", name))
     }
 
     /// Removes the overlays that libvirt had made before it was cut off: no record
@@ -578,7 +720,8 @@ async fn check_memory(snapshot: &Snapshot, whole: bool) -> Result<(), Fault> {
         Fault::new(
             Reason::SnapshotNotWhole,
             format!(
-                "the memory file '{file}' of snapshot '{}' {what}; the VM was left as it is",
+                "the memory file '{file}' of snapshot '{}' {what}; the VM was left as it is; \
+                 {WITHOUT_MEMORY}",
                 snapshot.name
             ),
         )

@@ -413,6 +413,8 @@ pub enum Health {
     Whole,
     /// Something is missing: what.
     DataMissing(String),
+    /// Only its memory is missing, its disks are whole: where it was.
+    MemoryMissing(String),
     /// An unfinished merge wrote into it: where.
     Torn(String),
     /// It was merged behind libvirt's back: where.

@@ -17,6 +17,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::facts::{Disk, Health, Kind, Memory, Snapshot, SnapshotDisk, file_name};
 
+/// The way back that is left where memory cannot be loaded.
+pub const WITHOUT_MEMORY: &str = "set disks_only to go back to its disks without its memory";
+
 /// What is known of the files around.
 #[derive(Debug, Default)]
 pub struct Files<'a> {
@@ -103,7 +106,7 @@ pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'
     if let Memory::External(file) = &snapshot.memory
         && files.missing.contains(file.as_str())
     {
-        return Health::DataMissing(format!("the memory file '{file}' is missing"));
+        return Health::MemoryMissing(format!("the memory file '{file}' is missing"));
     }
     // With memory, QEMU brings the variables back itself.
     if let (Memory::None, Some(copy)) = (

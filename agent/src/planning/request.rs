@@ -206,6 +206,9 @@ pub struct Revert {
     pub force: bool,
     /// A snapshot that is older is refused.
     pub max_age: Option<Duration>,
+    /// Go back to the disks alone, also where the snapshot holds memory.
+    #[serde(default)]
+    pub disks_only: bool,
 }
 
 impl Revert {
@@ -220,6 +223,7 @@ impl Revert {
             sync_clock: true,
             force: false,
             max_age: None,
+            disks_only: false,
         }
     }
 }

@@ -126,6 +126,9 @@ pub enum Step {
         name: String,
         /// The copy of the UEFI variables that will be put back, and their file.
         nvram: Option<(String, String)>,
+        /// Its memory is not loaded, and need not be whole.
+        #[serde(default)]
+        disks_only: bool,
     },
     /// Sets libvirt's record of the current snapshot right: which overlays are
     /// those of the present state, that the next revert deletes.
@@ -147,6 +150,15 @@ pub enum Step {
         paused: bool,
         /// Allow what libvirt asks force for.
         force: bool,
+        /// Index of the step that kept the definition.
+        definition: usize,
+    },
+    /// Goes back to the disks of an external snapshot alone, without its memory.
+    RevertDisks {
+        /// Name.
+        name: String,
+        /// Targets of the disks that go back.
+        disks: Vec<String>,
         /// Index of the step that kept the definition.
         definition: usize,
     },
@@ -256,6 +268,9 @@ impl Step {
             Self::MendRecord { name, .. } => format!("set the record of snapshot {name} right"),
             Self::KeepDefinition => "keep the definition".into(),
             Self::Revert { name, .. } => format!("revert to snapshot {name}"),
+            Self::RevertDisks { name, .. } => {
+                format!("revert to the disks of snapshot {name}, without its memory")
+            }
             Self::RestoreNvram { .. } => "put the UEFI variables back".into(),
             Self::ArmGuard { snapshot, .. } => {
                 format!("revert to {snapshot} unless the change is confirmed")
@@ -287,7 +302,9 @@ impl Step {
             Self::RecordSnapshot(_) => "forget the record",
             Self::ArmGuard { .. } => "disarm the guard",
             Self::EndGuard { .. } => "arm the guard again",
-            Self::Revert { .. } => "put definition and files in agreement",
+            Self::Revert { .. } | Self::RevertDisks { .. } => {
+                "put definition and files in agreement"
+            }
             _ => "",
         }
     }
@@ -320,6 +337,7 @@ impl vmsnap_engine::Step for Step {
             Self::MendRecord { .. } => "mend-record",
             Self::KeepDefinition => "keep-definition",
             Self::Revert { .. } => "revert",
+            Self::RevertDisks { .. } => "revert-disks",
             Self::RestoreNvram { .. } => "restore-nvram",
             Self::ArmGuard { .. } => "arm-guard",
             Self::EndGuard { .. } => "end-guard",
@@ -360,6 +378,7 @@ impl vmsnap_engine::Step for Step {
             self,
             Self::DropManagedSave
                 | Self::Revert { .. }
+                | Self::RevertDisks { .. }
                 | Self::DeleteSnapshot { .. }
                 | Self::Resize { .. }
                 | Self::DeleteVolume { .. }
@@ -369,7 +388,7 @@ impl vmsnap_engine::Step for Step {
 
     fn owed_after(&self, behind: &Self) -> bool {
         // A reverted VM gets its state, and its variables before it.
-        matches!(behind, Self::Revert { .. })
+        matches!(behind, Self::Revert { .. } | Self::RevertDisks { .. })
             && matches!(
                 self,
                 Self::Start { .. } | Self::Stop | Self::RestoreNvram { .. }

@@ -66,7 +66,7 @@ fn creates() -> impl Strategy<Value = v1::CreateOptions> {
 fn reverts() -> impl Strategy<Value = v1::RevertOptions> {
     (
         values(),
-        any::<[bool; 3]>(),
+        any::<[bool; 4]>(),
         values(),
         durations(),
         durations(),
@@ -80,6 +80,7 @@ fn reverts() -> impl Strategy<Value = v1::RevertOptions> {
                 sync_clock: Some(flags[1]),
                 force: flags[2],
                 max_age,
+                disks_only: flags[3],
             },
         )
 }

@@ -258,14 +258,14 @@ fn actions() -> impl Strategy<Value = Action> {
             StateAfter::Paused,
             StateAfter::Stopped,
         ]),
-        any::<bool>(),
-        any::<bool>(),
+        any::<[bool; 3]>(),
     )
-        .prop_map(|(name, state_after, safety_snapshot, force)| {
+        .prop_map(|(name, state_after, flags)| {
             Action::Revert(Revert {
                 state_after,
-                safety_snapshot,
-                force,
+                safety_snapshot: flags[0],
+                force: flags[1],
+                disks_only: flags[2],
                 ..Revert::to(name)
             })
         });

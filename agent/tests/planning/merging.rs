@@ -162,6 +162,7 @@ fn judged<'a>(
     let name = |health: &Health| match health {
         Health::Whole => "whole",
         Health::DataMissing(_) => "data missing",
+        Health::MemoryMissing(_) => "memory missing",
         Health::Torn(_) => "torn",
         Health::MergedAway(_) => "merged away",
         Health::MetadataOnly => "metadata only",

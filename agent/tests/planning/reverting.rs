@@ -2,7 +2,7 @@
 
 use vmsnap_agent::planning::{
     Facts, Fault, Plan, Reason,
-    facts::{Agent, DefinedDisk, Kind, Memory, Source, VmState},
+    facts::{Agent, DefinedDisk, Health, Kind, Memory, Source, VmState},
     plan,
     request::{Action, Cleanup, Commit, Create, List, Orphans, Revert, StateAfter, WaitFor},
 };
@@ -435,4 +435,58 @@ fn a_guest_that_ends_off_is_loaded_but_never_runs() {
         });
         assert_eq!(found, Some(flags), "{after:?}");
     }
+}
+
+#[test]
+fn disks_alone_are_gone_back_to_where_memory_is_lost() {
+    let mut facts = warm();
+    facts.host.qemu = 11_000_000;
+    facts.snapshots[0].health = Health::MemoryMissing("'m.mem' is missing".into());
+    let fault = revert(&facts, |_| ()).unwrap_err();
+    assert_eq!(fault.reason, Reason::SnapshotNotWhole);
+    assert!(fault.message.contains("disks_only"), "{fault}");
+    let alone = |facts: &Facts, after| {
+        revert(facts, |it| {
+            it.disks_only = true;
+            it.state_after = after;
+        })
+    };
+    // Neither is memory looked at, nor the clock set, nor its QEMU warned of.
+    let plan = alone(&facts, StateAfter::Auto).unwrap();
+    assert_eq!(names(&plan), ["keep-definition", "revert-disks", "start"]);
+    assert!(warned(&plan, "GUEST_RESTARTS") && !warned(&plan, "QEMU_CHANGED"));
+    for (after, last) in [
+        (StateAfter::Paused, "start"),
+        (StateAfter::Stopped, "revert-disks"),
+    ] {
+        assert_eq!(names(&alone(&facts, after).unwrap()).last(), Some(&last));
+    }
+    // Nothing else that is missing is let pass by it.
+    facts.snapshots[0].health = Health::DataMissing("gone".into());
+    assert!(alone(&facts, StateAfter::Auto).is_err());
+    // Variables come from the copy, as without memory.
+    facts.snapshots[0].health = Health::Whole;
+    let mut facts = with_names(facts, &["web1.s0.nvram", "web1.fd"]);
+    facts.vm.firmware.nvram = Some(path("web1.fd"));
+    facts.vm.firmware.nvram_format = "raw".into();
+    facts.snapshots[0].record.as_mut().unwrap().nvram_copy = Some(path("web1.s0.nvram"));
+    let plan = alone(&facts, StateAfter::Auto).unwrap();
+    let steps = [
+        "check-snapshot",
+        "keep-definition",
+        "revert-disks",
+        "restore-nvram",
+        "start",
+    ];
+    assert_eq!(names(&plan), steps);
+    // Without memory it is a revert like any other.
+    facts.snapshots[0].memory = Memory::None;
+    let plan = alone(&facts, StateAfter::Auto).unwrap();
+    assert!(names(&plan).contains(&"revert"));
+    let mut facts = quiet();
+    let mut inside = snapshot("s0", None, Kind::Internal, &path("web1.qcow2"));
+    inside.memory = Memory::Internal;
+    facts.snapshots = vec![inside];
+    let fault = alone(&facts, StateAfter::Auto).unwrap_err();
+    assert_eq!(fault.reason, Reason::SnapshotNotRevertible);
 }

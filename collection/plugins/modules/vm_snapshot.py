@@ -161,6 +161,12 @@ options:
       - Set the guest's clock through the guest agent after a revert that brought memory back.
     type: bool
     default: true
+  disks_only:
+    description:
+      - Revert to the disks of the snapshot alone, without the memory that was saved, where that is gone or damaged, or
+        where QEMU cannot load it any more. The guest starts as after a power cut.
+    type: bool
+    default: false
   force:
     description:
       - Do what libvirt itself asks force for, drop a managed save, and let external snapshots go that stand on

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use crate::planning::{
     facts::{Facts, Health, Snapshot, VmState, folder_of},
-    files, names,
+    files,
+    health::WITHOUT_MEMORY,
+    names,
     plan::Draft,
     reason::{Fault, Reason},
     request::{Request, WaitFor},
@@ -268,6 +270,7 @@ pub fn whole(snapshot: &Snapshot) -> Result<(), Fault> {
             detail.as_str(),
             "bring the file back, or remove the snapshot with cleanup",
         ),
+        Health::MemoryMissing(detail) => ("data missing", detail.as_str(), WITHOUT_MEMORY),
         Health::Torn(detail) => (
             "torn",
             detail.as_str(),

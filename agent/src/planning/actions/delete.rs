@@ -335,7 +335,7 @@ fn is_metadata_only(snapshot: &Snapshot, facts: &Facts) -> bool {
             let vm = facts.vm.disks.iter().find(|vm| vm.target == disk.target);
             disk.kind.is_some() && vm.is_some_and(|vm| Some(&vm.path) == disk.data.as_ref())
         }),
-        Health::Whole | Health::DataMissing(_) => {
+        Health::Whole | Health::DataMissing(_) | Health::MemoryMissing(_) => {
             snapshot.kind != Kind::Internal
                 && tree::is_on_active_path(facts, &snapshot.name)
                 && snapshot.disks.iter().any(|disk| off_chain(disk, facts))

@@ -5,7 +5,7 @@
 
 use crate::planning::{
     actions::{checks, create},
-    facts::{DefinedDisk, Facts, Kind, Memory, Snapshot, Source, VmState, folder_of},
+    facts::{DefinedDisk, Facts, Health, Kind, Memory, Snapshot, Source, VmState, folder_of},
     files::{Files, OVERLAY_BYTES, exists},
     guard::{self, GuardState},
     lineage, names,
@@ -30,32 +30,36 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     checks::definition_agrees(facts)?;
     // Whoever waits for an open merge is told of it, not of what it tears.
     checks::no_block_job(facts)?;
-    checks::whole(snapshot)?;
+    let saved = snapshot.memory != Memory::None && !revert.disks_only;
+    if saved || !matches!(snapshot.health, Health::MemoryMissing(_)) {
+        checks::whole(snapshot)?;
+    }
     checks::young_enough(facts, snapshot, revert.max_age)?;
     revertible(snapshot, facts)?;
+    let alone = disks_alone(snapshot, revert)?;
     checks::not_used(facts, written(snapshot, facts))?;
     costs(snapshot, revert.force, facts, &mut draft)?;
     checks::not_half_loaded(facts)?;
-    let saved = snapshot.memory != Memory::None;
     if !facts.vm.persistent && !saved {
         return Err(Fault::new(
             Reason::DomainState,
             format!(
-                "VM '{}' has no definition that stays, and snapshot '{}' holds no memory: it \
-                 would be gone when it is switched off for the revert; define it first",
+                "VM '{}' has no definition that stays, and no memory of snapshot '{}' is loaded: \
+                 it would be gone when it is switched off for the revert; define it first",
                 facts.vm.name, snapshot.name
             ),
         )
         .with("state", facts.vm.state.name()));
     }
-    let after = state_after(request, revert, snapshot, facts, &mut draft);
+    let after = state_after(request, revert, snapshot, saved, facts, &mut draft);
     startable(snapshot, saved || after != VmState::Stopped, facts)?;
-    let uefi = uefi(snapshot, after, facts, &mut draft)?;
+    let uefi = uefi(snapshot, saved, after, facts, &mut draft)?;
 
-    if matches!(snapshot.memory, Memory::External(_)) || uefi.is_some() {
+    if (saved && matches!(snapshot.memory, Memory::External(_))) || uefi.is_some() {
         draft.push(Step::CheckSnapshot {
             name: snapshot.name.clone(),
             nvram: uefi.clone(),
+            disks_only: alone.is_some(),
         });
     }
     if facts.vm.managed_save {
@@ -98,14 +102,22 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
     let from_flash = snapshot.definition.nvram.is_some() && uefi.is_none();
     let stays_still = after == VmState::Paused || (after == VmState::Stopped && !from_flash);
     let definition = draft.push(Step::KeepDefinition);
-    draft.push(Step::Revert {
-        name: snapshot.name.clone(),
-        // Without memory, starting is a step of its own: libvirt deletes the old
-        // overlay before it tries to start.
-        running: saved && after == VmState::Running && snapshot.state != VmState::Running,
-        paused: saved && stays_still && snapshot.state != VmState::Paused,
-        force: revert.force,
-        definition,
+    let name = snapshot.name.clone();
+    draft.push(match alone {
+        Some(disks) => Step::RevertDisks {
+            name,
+            disks,
+            definition,
+        },
+        None => Step::Revert {
+            name,
+            // Without memory, starting is a step of its own: libvirt deletes the old
+            // overlay before it tries to start.
+            running: saved && after == VmState::Running && snapshot.state != VmState::Running,
+            paused: saved && stays_still && snapshot.state != VmState::Paused,
+            force: revert.force,
+            definition,
+        },
     });
     if let Some(step) = guard::end(facts, &snapshot.name, GuardState::Reverted) {
         draft.push(step);
@@ -155,16 +167,59 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         }
     }
     if !saved && snapshot.state != VmState::Stopped {
+        let why = if snapshot.memory == Memory::None {
+            "holds no memory"
+        } else {
+            "keeps its memory to itself, because disks_only is set"
+        };
         draft.warn(
             "GUEST_RESTARTS",
             format!(
-                "snapshot '{}' holds no memory: the guest starts from its disks",
+                "snapshot '{}' {why}: the guest starts from its disks",
                 snapshot.name
             ),
             "",
         );
     }
     Ok(draft)
+}
+
+/// The disks that go back alone, without the memory of the snapshot: libvirt loads
+/// it in any revert, so that is done without libvirt's.
+fn disks_alone(snapshot: &Snapshot, revert: &Revert) -> Result<Option<Vec<String>>, Fault> {
+    if !revert.disks_only || snapshot.memory == Memory::None {
+        return Ok(None);
+    }
+    if snapshot.kind == Kind::Internal {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "internal snapshot '{}' keeps memory and disks in one, and disks_only takes \
+                 external ones; to have its disks alone, switch the VM off and copy them out with \
+                 'qemu-img convert -l snapshot.name={}'",
+                snapshot.name, snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name));
+    }
+    let disks: Vec<String> = snapshot
+        .definition
+        .disks
+        .iter()
+        .filter(|disk| disk.path.is_some() && !disk.only_read())
+        .map(|disk| disk.target.clone())
+        .collect();
+    if disks.is_empty() {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "libvirt's record of snapshot '{}' holds no definition with disks to go back to",
+                snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name));
+    }
+    Ok(Some(disks))
 }
 
 /// Files that a revert writes or removes: the image that holds an internal
@@ -501,6 +556,7 @@ fn startable(snapshot: &Snapshot, starts: bool, facts: &Facts) -> Result<(), Fau
 /// their file, and that file.
 fn uefi(
     snapshot: &Snapshot,
+    saved: bool,
     after: VmState,
     facts: &Facts,
     draft: &mut Draft,
@@ -521,7 +577,7 @@ fn uefi(
         );
         return Ok(None);
     }
-    if snapshot.memory != Memory::None && after != VmState::Stopped {
+    if saved && after != VmState::Stopped {
         draft.decide(
             "uefi variables",
             "from memory",
@@ -611,6 +667,7 @@ fn state_after(
     request: &Request,
     revert: &Revert,
     snapshot: &Snapshot,
+    saved: bool,
     facts: &Facts,
     draft: &mut Draft,
 ) -> VmState {
@@ -618,7 +675,7 @@ fn state_after(
         StateAfter::Running => (VmState::Running, "asked for"),
         StateAfter::Paused => (VmState::Paused, "asked for"),
         StateAfter::Stopped => (VmState::Stopped, "asked for"),
-        StateAfter::Auto if snapshot.memory != Memory::None => match snapshot.state {
+        StateAfter::Auto if saved => match snapshot.state {
             VmState::Paused => (VmState::Paused, "memory was saved of a paused guest"),
             _ => (VmState::Running, "memory was saved of a running guest"),
         },

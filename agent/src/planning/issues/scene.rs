@@ -158,12 +158,15 @@ impl<'a> Deeds<'a> {
             Step::CopyNvram { to, .. } => {
                 self.written.insert(folder_of(to));
             }
-            Step::Revert { name, .. } => {
+            Step::Revert { name, .. } | Step::RevertDisks { name, .. } => {
                 let target = facts.snapshot(name);
+                let memory = target.map(|target| &target.memory);
                 self.words.push("revert");
-                self.words.push(match target.map(|target| &target.memory) {
-                    Some(Memory::Internal | Memory::External(_)) => "revert-memory",
-                    Some(Memory::None) | None => "revert-disks",
+                self.words.push(match (step, memory) {
+                    (Step::Revert { .. }, Some(Memory::Internal | Memory::External(_))) => {
+                        "revert-memory"
+                    }
+                    _ => "revert-disks",
                 });
                 self.target = Some(name);
                 self.written.extend(target.into_iter().flat_map(data));
@@ -434,7 +437,7 @@ fn snapshot(snapshot: &Snapshot, facts: &Facts, plan: Option<&Deeds<'_>>) -> Pro
     };
     let health = match snapshot.health {
         Health::Whole => "whole",
-        Health::DataMissing(_) => "data missing",
+        Health::DataMissing(_) | Health::MemoryMissing(_) => "data missing",
         Health::Torn(_) => "torn",
         Health::MergedAway(_) => "merged away",
         Health::MetadataOnly => "metadata only",
