@@ -212,7 +212,10 @@ fn read(xml: &str) -> Result<(), TestCaseError> {
             .collect();
         prop_assert_eq!(overlays, [Some("/it's <&>")]);
     }
-    if let Ok(definition) = snapshot_xml::definition_on(xml, &[("vda".into(), "/it's <&>".into())])
+    if let Ok(then) = snapshot_xml::definition_on(xml, &[])
+        && definition::parse(&then).is_ok()
+        && let Ok(definition) =
+            snapshot_xml::definition_on(xml, &[("vda".into(), "/it's <&>".into())])
     {
         let domain = definition::parse(&definition)
             .map_err(|error| TestCaseError::fail(format!("{error:?} in {definition}")))?;
