@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use serde_json::Value;
 use vmsnap_tests::{BlankSpec, Lab, eventually};
 
-use super::{refused, warns};
+use super::refused;
 
 #[test]
 fn without_an_answering_guest_agent_filesystem_consistency_is_refused_with_the_reason() -> Result<()>
@@ -35,7 +35,7 @@ fn without_an_answering_guest_agent_filesystem_consistency_is_refused_with_the_r
         let achieved = made.result()?["consistency"].clone();
         assert_eq!(achieved, if stopped { "stopped" } else { "suspend" });
         assert_eq!(made.result()?["frozen_ms"], Value::Null);
-        assert_eq!(warns(&made, "AGENT_SILENT"), silent, "{why}");
+        assert_eq!(made.warned("AGENT_SILENT"), silent, "{why}");
         // Only the achieved consistency counts when it is asked for again.
         let again = refused(&agent, &domain, &demand);
         if stopped {
@@ -78,7 +78,7 @@ fn a_guest_agent_that_hangs_or_is_gone_is_told_apart_and_demands_are_refused() -
     let made = agent.vmsnap(&["create", name, "s"])?;
     assert_eq!(made.result()?["consistency"], "suspend");
     assert!(made.result()?["stopped_ms"].as_u64().is_some());
-    assert!(warns(&made, "AGENT_SILENT"));
+    assert!(made.warned("AGENT_SILENT"));
     assert_eq!(guest.state()?, "running");
     Ok(())
 }

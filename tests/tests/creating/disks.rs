@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::Result;
 use vmsnap_tests::{BlankSpec, Lab};
 
-use super::{decided, disk, refused, warns};
+use super::{decided, disk, refused};
 
 #[test]
 fn raw_and_qcow2_disks_are_covered_together_and_a_read_only_one_is_left_out() -> Result<()> {
@@ -67,7 +67,7 @@ fn a_read_only_raw_disk_is_in_the_way_of_no_internal_snapshot() -> Result<()> {
     assert!(message.contains("vdc"), "{message}");
     let made = agent.vmsnap(&["create", name, "s", "--kind", "internal"])?;
     assert_eq!(made.result()?["consistency"], "memory");
-    assert!(warns(&made, "MEMORY_INCLUDED"));
+    assert!(made.warned("MEMORY_INCLUDED"));
     assert_eq!(decided(&made, "disk vdb")?, "left out");
     agent.vmsnap(&["revert", name, "s"])?.result()?;
     assert_eq!(domain.state()?, "running");
@@ -171,7 +171,7 @@ fn a_device_that_keeps_memory_from_being_saved_is_named_and_disks_alone_are_fine
     }
     let made = agent.vmsnap(&["create", &domain.name, "s"])?;
     assert_eq!(made.result()?["snapshot"]["memory"], false);
-    assert!(warns(&made, "MEMORY_NOT_SAVABLE"));
+    assert!(made.warned("MEMORY_NOT_SAVABLE"));
     // The master's content is saved with the guest.
     let master = lab.blank(&shared(" role='master'"))?;
     agent

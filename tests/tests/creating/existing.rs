@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use vmsnap_tests::{BlankSpec, Lab};
 
-use super::{refused, warns};
+use super::refused;
 
 #[test]
 fn an_existing_name_is_left_refused_or_replaced_and_another_kind_is_a_conflict() -> Result<()> {
@@ -23,7 +23,7 @@ fn an_existing_name_is_left_refused_or_replaced_and_another_kind_is_a_conflict()
     let first = created()?;
     let again = agent.vmsnap(&["create", name, "s"])?;
     assert_eq!(again.result()?["changed"], false);
-    assert!(warns(&again, "SNAPSHOT_EXISTS"));
+    assert!(again.warned("SNAPSHOT_EXISTS"));
     for (words, reason) in [
         (["s", "--if-exists", "fail"].as_slice(), "SNAPSHOT_EXISTS"),
         (&["s", "--kind", "internal"], "SNAPSHOT_CONFLICT"),
@@ -42,7 +42,7 @@ fn an_existing_name_is_left_refused_or_replaced_and_another_kind_is_a_conflict()
     assert_eq!(agent.vmsnap(&words)?.result()?["changed"], false);
     let made = agent.vmsnap(&["create", name, "s", "--if-exists", "replace"])?;
     assert_eq!(made.result()?["changed"], true);
-    assert!(warns(&made, "POINT_OF_NO_RETURN"));
+    assert!(made.warned("POINT_OF_NO_RETURN"));
     assert_ne!(created()?, first);
     assert_eq!(domain.chain("vda")?.len(), 2);
     // What is replaced mixes with nothing.

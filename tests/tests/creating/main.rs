@@ -57,13 +57,6 @@ fn failure(cli: &Cli) -> Result<Value> {
     Ok(error)
 }
 
-fn warns(cli: &Cli, code: &str) -> bool {
-    cli.all("planned")
-        .flat_map(|event| event["plan"]["warnings"].as_array().into_iter().flatten())
-        .chain(cli.all("warning"))
-        .any(|warning| warning["code"] == code)
-}
-
 /// What a plan decided on one subject.
 fn decided<'a>(cli: &'a Cli, subject: &str) -> Result<&'a str> {
     let plan = cli.all("planned").next().context("no plan")?;

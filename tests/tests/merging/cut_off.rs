@@ -15,7 +15,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use vmsnap_tests::{Agent, Blank, BlankSpec, Domain, Lab, command, eventually};
 
-use super::{MIB, health, healths, reason, refused, still, virsh_external, warns};
+use super::{MIB, healths, reason, refused, still, virsh_external};
 
 /// A delete in the middle of whose merge QEMU is killed.
 struct CutOff<'a> {
@@ -70,7 +70,7 @@ impl CutOff<'_> {
     /// its delete leaves all others and the present state as they were.
     fn is_told_and_finished(&self, running: bool) -> Result<()> {
         let name = self.domain.name.as_str();
-        for (snapshot, health) in health(self.agent, self.domain)? {
+        for (snapshot, health) in self.agent.healths(&self.domain.name)? {
             let expected = if snapshot == self.snapshot {
                 "torn"
             } else {
@@ -91,7 +91,8 @@ impl CutOff<'_> {
             .result()?;
         ensure!(self.domain.state()? == state, "the state is another one");
         ensure!(
-            health(self.agent, self.domain)?
+            self.agent
+                .healths(&self.domain.name)?
                 .values()
                 .all(|health| health == "whole")
         );
@@ -223,7 +224,7 @@ fn a_limit_is_kept_and_a_run_that_is_out_of_time_finishes_the_merge_it_is_in() -
     );
     assert_eq!(stopped.failure()?["reason"], "TIMED_OUT");
     assert_eq!(stopped.outcome()?["state"], "cancelled");
-    assert!(warns(&stopped, "LIMIT_LIFTED"));
+    assert!(stopped.warned("LIMIT_LIFTED"));
     let bytes = |event: &Value| event["done_bytes"].as_u64().unwrap_or(0);
     let first: Vec<u64> = stopped.all("step_progress").map(bytes).collect();
     assert!(

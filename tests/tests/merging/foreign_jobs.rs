@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use vmsnap_tests::{BlankSpec, Domain, Lab, command, eventually};
 
 use super::{
-    MIB, NONE, chain_of, files_judged, healths, holds, keeps, reason, refused, still, warns, write,
+    MIB, NONE, chain_of, files_judged, healths, holds, keeps, reason, refused, still, write,
 };
 
 #[test]
@@ -119,7 +119,7 @@ fn a_merge_behind_libvirts_back_spoils_only_what_does_not_read_through_it() -> R
     let gone = agent.vmsnap(&["cleanup", name, "e2"])?;
     gone.result()?;
     assert!(
-        !warns(&gone, "OVERLAY_STAYS") || domain.files()?.contains(&format!("{name}.vda.e2.qcow2"))
+        !gone.warned("OVERLAY_STAYS") || domain.files()?.contains(&format!("{name}.vda.e2.qcow2"))
     );
     for snapshot in ["e3", "e1"] {
         agent.vmsnap(&["cleanup", name, snapshot])?.result()?;
@@ -146,7 +146,7 @@ fn overlays_of_a_merge_behind_libvirts_back_go_only_when_orphans_are_to_be_delet
     // Nobody can tell whether an overlay holds what was never merged.
     let kept = agent.vmsnap(&["cleanup", name, "e2"])?;
     assert_eq!(files_judged(&kept)?, [(overlay(2), false)].into());
-    assert!(warns(&kept, "OVERLAY_STAYS"));
+    assert!(kept.warned("OVERLAY_STAYS"));
     assert_eq!(domain.snapshots()?, ["e1"]);
     assert!(domain.files()?.contains(&overlay(2)));
     let gone = agent.vmsnap(&["cleanup", name, "e1", "--orphans", "delete"])?;

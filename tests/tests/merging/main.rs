@@ -82,32 +82,9 @@ fn virsh_external(domain: &Domain, name: &str) -> Result<()> {
     domain.virsh("snapshot-create-as", &words).map(drop)
 }
 
-/// Health of each snapshot, by the product.
-fn health(agent: &Agent, domain: &Domain) -> Result<BTreeMap<String, String>> {
-    fn walk(value: &Value, into: &mut BTreeMap<String, String>) {
-        match value {
-            Value::Array(all) => all.iter().for_each(|one| walk(one, into)),
-            Value::Object(object) => {
-                if let (Some(name), Some(health)) = (
-                    object.get("name").and_then(Value::as_str),
-                    object.get("health").and_then(Value::as_str),
-                ) {
-                    into.insert(name.to_owned(), health.to_owned());
-                }
-                object.values().for_each(|one| walk(one, into));
-            }
-            _ => {}
-        }
-    }
-    let listed = agent.vmsnap(&["ls", &domain.name])?;
-    let mut all = BTreeMap::new();
-    walk(listed.document()?, &mut all);
-    Ok(all)
-}
-
 /// Requires these healths, in the order of the names.
 fn healths(agent: &Agent, domain: &Domain, expected: &[(&str, &str)]) -> Result<()> {
-    let found = health(agent, domain)?;
+    let found = agent.healths(&domain.name)?;
     let found: Vec<(&str, &str)> = found
         .iter()
         .map(|(name, health)| (name.as_str(), health.as_str()))
@@ -162,13 +139,6 @@ fn names<'a>(failure: &'a Value, key: &str) -> Vec<&'a str> {
         .flat_map(|list| list.split(','))
         .filter(|name| !name.is_empty())
         .collect()
-}
-
-fn warns(cli: &Cli, code: &str) -> bool {
-    cli.all("planned")
-        .flat_map(|event| event["plan"]["warnings"].as_array().into_iter().flatten())
-        .chain(cli.all("warning"))
-        .any(|warning| warning["code"] == code)
 }
 
 /// What a cleanup said of files: path and whether it went.

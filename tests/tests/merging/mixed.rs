@@ -7,7 +7,7 @@ use vmsnap_tests::{Blank, BlankSpec, Lab};
 
 use super::{
     NONE, delete_as_told, files_judged, healths, holds, names, reason, refused, still,
-    virsh_external, warns, write,
+    virsh_external, write,
 };
 
 /// A tree of both kinds, made by virsh: a name that begins with `i` is internal.
@@ -75,7 +75,7 @@ fn a_revert_to_an_internal_snapshot_says_which_external_ones_on_its_image_it_wou
     holds(&domain, &[1, 2])?;
     let forced = agent.vmsnap(&["revert", name, "i1", "--force"])?;
     forced.result()?;
-    assert!(warns(&forced, "SNAPSHOTS_LOST"));
+    assert!(forced.warned("SNAPSHOTS_LOST"));
     holds(&domain, &[])?;
     healths(
         &agent,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use vmsnap_tests::{Agent, Blank, BlankSpec, Closed, Lab};
+use vmsnap_tests::{Agent, Blank, BlankSpec, Cli, Closed, Domain, Lab};
 
 use super::{
     Frozen, all_whole, current, has, point, put, records, revert, run_of, stopped, untouched,
@@ -107,6 +107,24 @@ fn a_revert_that_cannot_make_its_overlay_is_refused_or_puts_everything_back() ->
     Ok(())
 }
 
+/// A revert in which libvirt cannot write its record of the snapshot, which it does
+/// last.
+fn fails_last(agent: &Agent, domain: &Domain, words: &[&str]) -> Result<Cli> {
+    let mut closed = None;
+    let failed = agent.vmsnap_seen(words, |event| {
+        match (event["event"].as_str(), event["name"].as_str()) {
+            (Some("step_started"), Some("keep-definition")) => {
+                closed = Closed::new(&records(domain)).ok();
+            }
+            (Some("step_failed"), _) => closed = None,
+            _ => {}
+        }
+    })?;
+    failed.failure()?;
+    assert_eq!(failed.outcome()?["state"], "failed", "{}", failed.said);
+    Ok(failed)
+}
+
 #[test]
 fn a_revert_that_fails_after_the_present_overlay_was_deleted_begins_an_empty_one() -> Result<()> {
     let lab = Lab::from_env()?;
@@ -121,19 +139,7 @@ fn a_revert_that_fails_after_the_present_overlay_was_deleted_begins_an_empty_one
         if safe {
             words.push("--safety-snapshot");
         }
-        // libvirt cannot write its record of the snapshot, which it does last.
-        let mut closed = None;
-        let failed = agent.vmsnap_seen(&words, |event| {
-            match (event["event"].as_str(), event["name"].as_str()) {
-                (Some("step_started"), Some("keep-definition")) => {
-                    closed = Closed::new(&records(&domain)).ok();
-                }
-                (Some("step_failed"), _) => closed = None,
-                _ => {}
-            }
-        })?;
-        failed.failure()?;
-        assert_eq!(failed.outcome()?["state"], "failed", "{}", failed.said);
+        let failed = fails_last(&agent, &domain, &words)?;
         assert!(failed.warned("STATE_LOST") && failed.warned("GUEST_RESTARTED"));
         assert_eq!(domain.state()?, "running");
         assert_eq!(domain.snapshots()?, ["cold", "warm"]);
@@ -162,19 +168,8 @@ fn a_revert_that_went_through_although_libvirt_says_that_it_failed_keeps_what_wa
     let own = Own::new(&lab)?;
     let domain = with_points(&lab, &agent, &own.0)?;
     let frozen = Frozen::of(&domain, &["cold", "warm"])?;
-    let mut closed = None;
     let words = ["revert", domain.name.as_str(), "warm", "--safety-snapshot"];
-    let failed = agent.vmsnap_seen(&words, |event| {
-        match (event["event"].as_str(), event["name"].as_str()) {
-            (Some("step_started"), Some("keep-definition")) => {
-                closed = Closed::new(&records(&domain)).ok();
-            }
-            (Some("step_failed"), _) => closed = None,
-            _ => {}
-        }
-    })?;
-    failed.failure()?;
-    assert_eq!(failed.outcome()?["state"], "failed", "{}", failed.said);
+    let failed = fails_last(&agent, &domain, &words)?;
     assert!(failed.warned("REVERT_WENT_THROUGH"));
     // The VM is in the snapshot, and the safety snapshot has all that was there.
     assert_eq!(domain.state()?, "running");

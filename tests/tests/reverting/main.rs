@@ -11,7 +11,7 @@ mod waiting;
 
 use std::{fs, path::PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::Value;
 use vmsnap_tests::{Agent, BlankSpec, Cli, Domain};
 
@@ -59,26 +59,9 @@ fn current(domain: &Domain) -> Result<String> {
     Ok(name.trim().to_owned())
 }
 
-/// Health of each snapshot by the agent's word.
-fn health(agent: &Agent, domain: &Domain) -> Result<Vec<(String, String)>> {
-    let list = agent.vmsnap(&["ls", &domain.name])?;
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let mut all: Vec<(String, String)> = list.document()?["snapshots"]
-        .as_array()
-        .context("snapshots")?
-        .iter()
-        .map(|one| (text(&one["name"]), text(&one["health"])))
-        .collect();
-    all.sort();
-    Ok(all)
-}
-
 fn all_whole(agent: &Agent, domain: &Domain) -> Result<()> {
-    let found = health(agent, domain)?;
-    ensure!(
-        found.iter().all(|(_, health)| health == "whole"),
-        "{found:?}"
-    );
+    let found = agent.healths(&domain.name)?;
+    ensure!(found.values().all(|health| health == "whole"), "{found:?}");
     Ok(())
 }
 
