@@ -1,7 +1,7 @@
 //! What the documentation says of the configuration, of errors, of known issues,
 //! of field cases and of faults is what there is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use vmsnap_agent::{
     config::Config,
@@ -212,31 +212,44 @@ fn every_link_between_pages_leads_somewhere() {
 }
 
 /// All Rust sources below a folder, without what was built.
-fn sources(folder: &Path, into: &mut String) {
+fn sources(folder: &Path, into: &mut Vec<(PathBuf, String)>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let named = |name: &str| path.file_name().is_some_and(|it| it == name);
         if path.is_dir() && !named("target") && !named(".git") {
             sources(&path, into);
         } else if path.extension().is_some_and(|it| it == "rs") {
-            into.push_str(&std::fs::read_to_string(&path).unwrap());
+            let code = std::fs::read_to_string(&path).unwrap();
+            into.push((path, code));
         }
     }
 }
 
+/// Whether a source is the one of a module: `merging::order` may be
+/// `merging/order.rs`, and `merging` also `merging/main.rs`.
+/// Unit tests may stand in a file beside their module's, or below it.
+fn is_of(source: &Path, module: &str) -> bool {
+    let file = module.replace("::", "/");
+    ["", "/main", "/tests", "_tests"]
+        .iter()
+        .any(|end| source.ends_with(format!("{file}{end}.rs")))
+}
+
 #[test]
-fn every_test_that_the_pages_of_cases_and_faults_name_is_there() {
-    let mut code = String::new();
-    sources(&Path::new(DOCS).join(".."), &mut code);
+fn every_test_that_the_pages_of_cases_and_faults_name_is_where_they_say() {
+    let mut all = Vec::new();
+    sources(&Path::new(DOCS).join(".."), &mut all);
     for (page, least) in [("field-cases.md", 30), ("faults.md", 20)] {
         let mut named = 0;
         // Every other piece between backticks is code.
         for test in read(page).split('`').skip(1).step_by(2) {
-            let Some((_, name)) = test.rsplit_once("::") else {
+            let Some((module, name)) = test.rsplit_once("::") else {
                 continue;
             };
             assert!(
-                code.contains(&format!("fn {name}(")),
+                all.iter().any(
+                    |(path, code)| is_of(path, module) && code.contains(&format!("fn {name}("))
+                ),
                 "{page}: no test {test}"
             );
             named += 1;

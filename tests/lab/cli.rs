@@ -1,6 +1,7 @@
 //! The command line, as a person runs it, with `--json`.
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead as _, BufReader, Read as _},
     process::{Command, Stdio},
     time::Duration,
@@ -92,6 +93,23 @@ impl Agent {
             events,
             said,
         })
+    }
+}
+
+impl Agent {
+    /// Health of each snapshot of a VM, by the product.
+    ///
+    /// # Errors
+    /// When there is no such VM.
+    pub fn healths(&self, vm: &str) -> Result<BTreeMap<String, String>> {
+        let list = self.vmsnap(&["ls", vm])?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let all = list.document()?["snapshots"].as_array();
+        Ok(all
+            .context("snapshots")?
+            .iter()
+            .map(|one| (text(&one["name"]), text(&one["health"])))
+            .collect())
     }
 }
 

@@ -29,6 +29,7 @@ pub mod paths;
 pub mod pattern;
 pub mod pki;
 pub mod python;
+pub mod reaper;
 pub mod storage;
 pub mod wait;
 

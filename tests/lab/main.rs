@@ -11,6 +11,7 @@ use vmsnap_tests::{
     OwnedLab,
     contract::{Choice, run_contract},
     image::Image,
+    reaper,
     wait::{INTERRUPT, interrupted},
 };
 
@@ -71,7 +72,11 @@ fn main() -> ExitCode {
             complain(&format!("signals cannot be handled: {error}"));
         }
     }
-    let result = match Arguments::parse().command {
+    let command = Arguments::parse().command;
+    if let Err(error) = reaper::adopt() {
+        complain(&format!("{error:#}; every stop of a VM may take seconds"));
+    }
+    let result = match command {
         Verb::Image => Image::build().map(|_| 0),
         Verb::Up { guests, command } => up(guests, &command),
         Verb::Bench { vms, snapshots } => bench::run(vms, snapshots).map(|()| 0),

@@ -15,8 +15,10 @@ use anyhow::{Result, bail, ensure};
 /// and what it owns is taken down on the way out.
 pub static INTERRUPT: LazyLock<Arc<AtomicBool>> = LazyLock::new(Default::default);
 
-/// How often a condition is looked at.
-const PACE: Duration = Duration::from_millis(50);
+/// Pause before a condition is looked at for the second time; each pause is twice the
+/// one before, up to the longest.
+const FIRST: Duration = Duration::from_millis(5);
+const LONGEST: Duration = Duration::from_millis(50);
 
 /// Waits until `condition` holds.
 ///
@@ -38,6 +40,7 @@ pub fn eventually_some<T>(
     mut attempt: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
     let start = Instant::now();
+    let mut pause = FIRST;
     loop {
         let problem = match attempt() {
             Ok(Some(value)) => return Ok(value),
@@ -52,7 +55,8 @@ pub fn eventually_some<T>(
             };
         }
         ensure!(!interrupted(), "interrupted while waiting for {what}");
-        thread::sleep(PACE);
+        thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST);
     }
 }
 

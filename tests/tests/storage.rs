@@ -22,12 +22,6 @@ fn number(value: &Value, key: &str) -> Result<u64> {
         .parse()?)
 }
 
-fn warns(cli: &Cli, code: &str) -> bool {
-    cli.all("planned")
-        .flat_map(|event| event["plan"]["warnings"].as_array().into_iter().flatten())
-        .any(|warning| warning["code"] == code)
-}
-
 /// Virtual size of a disk's active image, by qemu-img.
 fn size(domain: &Domain, target: &str) -> Result<u64> {
     let path = domain.disk(target)?;
@@ -353,7 +347,7 @@ fn a_disk_with_snapshots_is_resized_if_its_format_can_and_a_revert_tells_the_old
             continue;
         }
         grown.result()?;
-        assert!(warns(&grown, "SIZE_COMES_BACK"), "{kind}");
+        assert!(grown.warned("SIZE_COMES_BACK"), "{kind}");
         assert_eq!(size(&domain, "vda")?, 16 * MIB);
         let back = agent.vmsnap(&["revert", name, "s"])?;
         let result = back.result()?;

@@ -28,21 +28,15 @@ const HEAD: usize = 16 + 19 * 4;
 pub fn problem(path: &Path) -> io::Result<Option<String>> {
     let mut file = File::open(path)?;
     let size = file.metadata()?.len();
-    let mut head = Vec::with_capacity(HEAD);
-    file.by_ref().take(HEAD as u64).read_to_end(&mut head)?;
-    let Some((magic, numbers)) = head
-        .split_first_chunk::<16>()
-        .filter(|_| head.len() == HEAD)
-    else {
+    let Some((magic, definition)) = head(&mut file)? else {
         return Ok(Some(format!("has {size} bytes, fewer than its head alone")));
     };
-    if magic == UNFINISHED {
+    if magic == *UNFINISHED {
         return Ok(Some("was never finished".into()));
     }
-    if magic != FINISHED {
+    if magic != *FINISHED {
         return Ok(Some("is no memory file of libvirt's".into()));
     }
-    let definition = definition_bytes(numbers);
     let needed = HEAD as u64 + u64::from(definition);
     if size <= needed {
         return Ok(Some(format!(
@@ -58,19 +52,14 @@ pub fn problem(path: &Path) -> io::Result<Option<String>> {
 /// When it cannot be read.
 pub fn owner(path: &Path) -> io::Result<Option<String>> {
     let mut file = File::open(path)?;
-    let mut head = Vec::with_capacity(HEAD);
-    file.by_ref().take(HEAD as u64).read_to_end(&mut head)?;
-    let Some((magic, numbers)) = head
-        .split_first_chunk::<16>()
-        .filter(|_| head.len() == HEAD)
-    else {
+    let Some((magic, length)) = head(&mut file)? else {
         return Ok(None);
     };
-    if magic != FINISHED && magic != UNFINISHED {
+    if magic != *FINISHED && magic != *UNFINISHED {
         return Ok(None);
     }
     let mut definition = Vec::new();
-    let length = definition_bytes(numbers).min(LONGEST);
+    let length = length.min(LONGEST);
     file.take(u64::from(length)).read_to_end(&mut definition)?;
     // What libvirt adds for itself follows after a zero.
     let text = definition.split(|byte| *byte == 0).next();
@@ -78,6 +67,17 @@ pub fn owner(path: &Path) -> io::Result<Option<String>> {
     Ok(text
         .and_then(|text| DomainDefinition::parse(text).ok())
         .and_then(|definition| definition.uuid))
+}
+
+/// Reads the head: the magic and the length of the definition behind it; `None` where
+/// the file is shorter than a head.
+fn head(file: &mut File) -> io::Result<Option<([u8; 16], u32)>> {
+    let mut head = Vec::with_capacity(HEAD);
+    file.take(HEAD as u64).read_to_end(&mut head)?;
+    Ok(head
+        .split_first_chunk::<16>()
+        .filter(|_| head.len() == HEAD)
+        .map(|(magic, numbers)| (*magic, definition_bytes(numbers))))
 }
 
 /// Length of the definition behind the head, by the numbers in it. A file of a

@@ -41,10 +41,8 @@ pub async fn over(
     role: Role,
     vm: &str,
 ) -> Result<(), Status> {
-    seen(workflows, access, method, "", vm).await?;
-    access
-        .allows(method, role, vm)
-        .map_err(|fault| errors::status(&fault))
+    let allowed = || access.allows(method, role, vm);
+    once_seen(workflows, access, method, "", vm, allowed).await
 }
 
 /// Whether the caller may do this to a VM.
@@ -58,10 +56,22 @@ pub async fn deed(
     deed: Deed,
     vm: &str,
 ) -> Result<(), Status> {
-    seen(workflows, access, method, deed.action(), vm).await?;
-    access
-        .allows_deed(method, deed, vm)
-        .map_err(|fault| errors::status(&fault))
+    let allowed = || access.allows_deed(method, deed, vm);
+    once_seen(workflows, access, method, deed.action(), vm, allowed).await
+}
+
+/// What is allowed of a VM that the caller sees: of one that he does not, no role is
+/// spoken of.
+async fn once_seen(
+    workflows: &Workflows,
+    access: &Access,
+    method: &'static str,
+    action: &str,
+    vm: &str,
+    allowed: impl FnOnce() -> Result<(), Fault>,
+) -> Result<(), Status> {
+    seen(workflows, access, method, action, vm).await?;
+    allowed().map_err(|fault| errors::status(&fault))
 }
 
 /// Whether the caller would see a VM of this name.

@@ -145,6 +145,32 @@ pub struct RunRow {
     pub last_sequence: u64,
 }
 
+impl RunRow {
+    /// A run that was just accepted: running, with neither plan nor record.
+    #[must_use]
+    pub fn accepted(
+        id: String,
+        request_id: String,
+        request: Request,
+        caller: Caller,
+        started: Timestamp,
+    ) -> Self {
+        Self {
+            id,
+            request_id,
+            request,
+            caller,
+            status: RunStatus::Running,
+            started,
+            finished: None,
+            plan_hash: String::new(),
+            outcome: None,
+            fault: None,
+            last_sequence: 0,
+        }
+    }
+}
+
 /// A record with its number and time.
 #[derive(Debug, Clone)]
 pub struct Stamped {

@@ -10,28 +10,19 @@ fn folder() -> PathBuf {
 }
 
 fn row(id: &str) -> RunRow {
-    RunRow {
-        id: id.into(),
-        request_id: format!("request-{id}"),
-        request: Request {
-            vm: "web1".into(),
-            action: Action::List(List::default()),
-            start_if_stopped: false,
-            pool: "default".into(),
-        },
-        caller: Caller {
-            identity: "uid:0".into(),
-            transport: "unix".into(),
-            address: String::new(),
-        },
-        status: RunStatus::Running,
-        started: Timestamp::from_millisecond(1_700_000_000_000).unwrap(),
-        finished: None,
-        plan_hash: String::new(),
-        outcome: None,
-        fault: None,
-        last_sequence: 0,
-    }
+    let request = Request {
+        vm: "web1".into(),
+        action: Action::List(List::default()),
+        start_if_stopped: false,
+        pool: "default".into(),
+    };
+    let caller = Caller {
+        identity: "uid:0".into(),
+        transport: "unix".into(),
+        address: String::new(),
+    };
+    let started = Timestamp::from_millisecond(1_700_000_000_000).unwrap();
+    RunRow::accepted(id.into(), format!("request-{id}"), request, caller, started)
 }
 
 fn older_than(time: Timestamp) -> Retention {

@@ -271,19 +271,13 @@ impl Workflows {
         let begun = self
             .0
             .journal
-            .begin(RunRow {
-                id: id.clone(),
+            .begin(RunRow::accepted(
+                id.clone(),
                 request_id,
                 request,
                 caller,
-                status: RunStatus::Running,
-                started: Timestamp::now(),
-                finished: None,
-                plan_hash: String::new(),
-                outcome: None,
-                fault: None,
-                last_sequence: 0,
-            })
+                Timestamp::now(),
+            ))
             .await;
         if let Err(error) = begun {
             lock(&self.0.live).remove(&id);

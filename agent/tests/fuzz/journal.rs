@@ -12,7 +12,7 @@ use rusqlite::Connection;
 use tokio::runtime::Runtime;
 use vmsnap_agent::{
     flow::Record,
-    journal::{AuditFilter, Caller, Journal, JournalError, RunFilter, RunRow, RunStatus},
+    journal::{AuditFilter, Caller, Journal, JournalError, RunFilter, RunRow},
     planning::{
         Request,
         request::{Action, List},
@@ -64,28 +64,20 @@ fn runtime() -> Runtime {
 }
 
 fn row(id: &str) -> RunRow {
-    RunRow {
-        id: id.into(),
-        request_id: format!("request-{id}"),
-        request: Request {
-            vm: "web1".into(),
-            action: Action::List(List::default()),
-            start_if_stopped: false,
-            pool: "default".into(),
-        },
-        caller: Caller {
-            identity: "uid:0".into(),
-            transport: "unix".into(),
-            address: String::new(),
-        },
-        status: RunStatus::Running,
-        started: Timestamp::from_millisecond(1_700_000_000_000).unwrap(),
-        finished: None,
-        plan_hash: String::new(),
-        outcome: None,
-        fault: None,
-        last_sequence: 0,
-    }
+    let request = Request {
+        vm: "web1".into(),
+        action: Action::List(List::default()),
+        start_if_stopped: false,
+        pool: "default".into(),
+    };
+    let [identity, transport, address] = ["uid:0", "unix", ""].map(str::to_owned);
+    let caller = Caller {
+        identity,
+        transport,
+        address,
+    };
+    let started = Timestamp::UNIX_EPOCH;
+    RunRow::accepted(id.into(), format!("request-{id}"), request, caller, started)
 }
 
 /// The file of a journal with interrupted runs.

@@ -2,7 +2,15 @@
 //! loaded. libvirt loads it in any revert, so the agent does this by itself; what
 //! it leaves has to be what libvirt would have left.
 
-use super::*;
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use vmsnap_tests::{Agent, BlankSpec, Closed, Domain, Lab};
+
+use super::{
+    AT, BYTES, Frozen, Own, all_whole, current, has, point, put, records, revert, run_of,
+    untouched, with_points,
+};
 
 const ALONE: &str = "--disks-only";
 
@@ -28,9 +36,9 @@ fn memory_file(domain: &Domain, name: &str) -> PathBuf {
         .join(format!("{}.{name}.mem", domain.name))
 }
 
-/// Health of the snapshots that are not whole.
+/// The snapshots that are not whole.
 fn not_whole(agent: &Agent, domain: &Domain) -> Result<Vec<String>> {
-    let found = health(agent, domain)?.into_iter();
+    let found = agent.healths(&domain.name)?.into_iter();
     Ok(found
         .filter(|(_, health)| health != "whole")
         .map(|(name, _)| name)
