@@ -9,7 +9,6 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{PermissionsExt as _, chown},
     path::Path,
-    sync::Arc,
     time::Duration,
 };
 
@@ -28,7 +27,7 @@ use vmsnap_proto::v1::{
 use super::{audit, errors, inventory, known_issues, workflow};
 use crate::{
     config::{Config, Limits},
-    trust::{Auditor, Door, Gate, Listener, Most, Places, Trust, host_groups},
+    trust::{Auditor, Door, Gate, Listener, Most, Places, host_groups},
     workflows::Workflows,
 };
 
@@ -137,7 +136,6 @@ impl Endpoints {
     pub async fn serve(
         self,
         workflows: Workflows,
-        trust: Arc<Trust>,
         auditor: Auditor,
         network: &Handle,
         stop: watch::Receiver<bool>,
@@ -179,6 +177,7 @@ impl Endpoints {
             };
             Places::new(what, key, most)
         };
+        let trust = workflows.trust().clone();
         let gate = Gate::new(
             trust.clone(),
             auditor.clone(),

@@ -29,7 +29,7 @@ pub use gate::{Gate, GateLayer};
 pub use incoming::{Connection, Door, Listener};
 pub use limits::{Most, Places, Turns};
 pub use peer::Peer;
-pub use reload::Trust;
+pub use reload::{Of, Reloads, Report, SOON, Trust};
 pub use rights::{Deed, Role};
 pub use roles::{Roles, host_groups};
 pub use tls::Paths as TlsPaths;

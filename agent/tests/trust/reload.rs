@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vmsnap_proto::v1;
+
 use crate::{
     agent::{Agent, connect},
     pki::{Ca, NOW, write},
@@ -25,16 +27,46 @@ fn while_it_lasts() -> Duration {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_ones_in_force() {
-    let agent = Agent::start(ROLES, "");
+    let agent = Agent::start(ROLES, "[metrics]\nlisten = '127.0.0.1:0'\n");
     let served = async || {
         let client = agent.client("deploy").await;
         client.vms().await.unwrap().len()
     };
+    // What health tells of it, and what is counted.
+    let unusable = async || {
+        let health = agent.client("deploy").await.health().await.unwrap();
+        let kind = v1::HealthProblemKind::TrustUnusable as i32;
+        let told = health.problems.into_iter();
+        told.filter(|problem| problem.kind == kind)
+            .map(|problem| problem.message)
+            .collect::<Vec<_>>()
+    };
+    let counts = |of: &str, taken: u32, refused: u32, stale: u32| {
+        let scrape = agent.scrape();
+        for line in [
+            format!("vmsnap_trust_reloads_total{{of=\"{of}\",result=\"taken\"}} {taken}\n"),
+            format!("vmsnap_trust_reloads_total{{of=\"{of}\",result=\"refused\"}} {refused}\n"),
+            format!("vmsnap_trust_unusable{{of=\"{of}\"}} {stale}\n"),
+        ] {
+            assert!(scrape.contains(&line), "no {line} in {scrape}");
+        }
+    };
+    assert_eq!(unusable().await, Vec::<String>::new());
+    counts("certificates", 0, 0, 0);
+    counts("roles", 0, 0, 0);
     let (_, foreign) = agent.ca.certificate("", &["127.0.0.1"], NOW);
     let key = std::fs::read_to_string(agent.folder.path("agent.key")).unwrap();
     write(&agent.folder.path("agent.key"), &foreign);
     agent.says("is not the key of tls.certificate");
     assert_eq!(served().await, 2);
+    let told = unusable().await;
+    assert!(
+        told.len() == 1
+            && told[0].starts_with("new certificates cannot be used")
+            && told[0].contains("is not the key of"),
+        "{told:?}"
+    );
+    counts("certificates", 0, 1, 1);
     write(&agent.folder.path("agent.key"), "no key at all");
     agent.says("holds no private key in PEM");
     assert_eq!(served().await, 2);
@@ -43,6 +75,15 @@ async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_one
     assert_eq!(served().await, 2);
     write(&agent.folder.path("ca.pem"), &agent.ca.pem);
     write(&agent.folder.path("agent.key"), &key);
+    let patience = Instant::now() + Duration::from_secs(10);
+    while !unusable().await.is_empty() {
+        assert!(Instant::now() < patience, "the old pair was never taken");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let end = "\nvmsnap_certificate_end_time_seconds ";
+    let scrape = agent.scrape();
+    let at = scrape.find(end).unwrap() + end.len();
+    assert!(!scrape[at..].starts_with('0'), "{scrape}");
     write(
         &agent.folder.path("roles.toml"),
         "[[roles]]\nrole = 'king'\n",
@@ -50,8 +91,10 @@ async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_one
     agent.says("new roles cannot be used");
     assert_eq!(served().await, 2);
     std::fs::remove_file(agent.folder.path("roles.toml")).unwrap();
-    agent.says("cannot be read");
+    agent.says("roles.toml' cannot be read");
     assert_eq!(served().await, 2);
+    assert!(unusable().await[0].starts_with("new roles cannot be used"));
+    counts("roles", 0, 2, 1);
     // Told once, not every second.
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     assert_eq!(agent.log().matches("role = 'king'").count(), 0);
