@@ -31,8 +31,6 @@ use crate::{
     workflows::Workflows,
 };
 
-/// The largest message that is taken, in bytes.
-const MESSAGE_MOST: usize = 256 * 1024;
 /// Streams of one connection, calls included. What one caller may have is
 /// bounded apart from this; here a connection's memory is.
 const STREAMS_MOST: u32 = 512;
@@ -208,22 +206,16 @@ impl Endpoints {
                 .add_service(health_service.clone())
                 .add_optional_service(reflection.clone())
                 .add_optional_service(older_reflection.clone())
-                .add_service(
-                    WorkflowServiceServer::new(workflow::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
-                .add_service(
-                    InventoryServiceServer::new(inventory::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
-                .add_service(
-                    KnownIssueServiceServer::new(known_issues::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
-                .add_service(
-                    AuditServiceServer::new(audit::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
+                .add_service(WorkflowServiceServer::new(workflow::Service(
+                    workflows.clone(),
+                )))
+                .add_service(InventoryServiceServer::new(inventory::Service(
+                    workflows.clone(),
+                )))
+                .add_service(KnownIssueServiceServer::new(known_issues::Service(
+                    workflows.clone(),
+                )))
+                .add_service(AuditServiceServer::new(audit::Service(workflows.clone())))
         };
         let listeners = [
             self.unix.map(Listener::Unix),

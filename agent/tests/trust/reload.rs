@@ -124,6 +124,54 @@ async fn a_new_root_lets_its_callers_in_and_the_old_ones_out_without_a_restart()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_open_stream_ends_with_the_role_or_the_certificate_of_its_caller() {
+    const ADMINS: &str =
+        "[[roles]]\nrole = 'admin'\nvms = ['*']\ncertificates = ['root', 'late']\n";
+    let agent = Agent::start(ADMINS, "");
+    let open = async |name: &str, until: i64| {
+        let files = agent.ca.caller(&agent.folder, name, &[], (-60, until));
+        let client = connect(&agent.tls(), files).await.unwrap();
+        client
+            .watch_audit(v1::AuditFilter::default(), 0)
+            .await
+            .unwrap()
+    };
+    let (mut root, mut late) = (open("root", 3_600).await, open("late", 4).await);
+    let soon = Duration::from_secs(10);
+    let ended = tokio::time::timeout(soon, late.message()).await.unwrap();
+    let status = ended.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::PermissionDenied);
+    assert!(status.message().contains("has expired since"), "{status}");
+    // New roles that still have him change nothing for who watches.
+    write(
+        &agent.folder.path("roles.toml"),
+        &format!("# as before\n{ADMINS}"),
+    );
+    agent.says("new roles are in force");
+    let entry = tokio::time::timeout(soon, root.message()).await.unwrap();
+    let entry = entry.unwrap().unwrap().entry.unwrap();
+    assert_eq!(
+        (
+            entry.method.as_str(),
+            entry.caller.unwrap().identity.as_str()
+        ),
+        ("WatchAudit", "late")
+    );
+    let waits = tokio::time::timeout(Duration::from_millis(500), root.message()).await;
+    assert!(waits.is_err(), "{waits:?}");
+    write(&agent.folder.path("roles.toml"), ROLES);
+    let ended = tokio::time::timeout(soon, root.message()).await.unwrap();
+    let failure = vmsnap_client::Failure::from(&ended.unwrap_err());
+    assert_eq!(failure.reason, "NOT_ALLOWED");
+    assert_eq!(failure.metadata["caller"], "root");
+    assert!(
+        failure.message.contains("'root' has no role"),
+        "{}",
+        failure.message
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hangup_has_everything_read_at_once() {
     let agent = Agent::start(ROLES, "");
     let kill = std::process::Command::new("kill")
