@@ -18,7 +18,7 @@ use vmsnap_tests::{
     BlankSpec, Lab, Network, Pki,
     ansible::{Played, keep},
     command::{self, User},
-    paths,
+    eventually, paths,
     python::{Stubs, python},
 };
 
@@ -479,8 +479,11 @@ fn a_role_that_is_withdrawn_ends_who_watches_by_it_and_the_run_goes_on() -> Resu
             role("viewer", &vm, "watcher"),
             role("viewer", "*", "deploy")
         ))?;
+        eventually(SOON, "the new roles", || {
+            agent.log().contains("new roles are in force")
+        })?;
         for stream in [&mut run, &mut watching] {
-            let ended = tokio::time::timeout(Duration::from_secs(3), stream.next()).await;
+            let ended = tokio::time::timeout(Duration::from_millis(500), stream.next()).await;
             ensure!(ended.is_err(), "{ended:?}");
         }
         set_roles(&format!("{local}{}", role("viewer", &vm, "watcher")))?;
@@ -510,15 +513,16 @@ fn a_role_that_is_withdrawn_ends_who_watches_by_it_and_the_run_goes_on() -> Resu
         anyhow::Ok(())
     })?;
     assert_eq!(domain.snapshots()?, ["s"]);
-    let trail = agent.vmsnap(&["audit", "--denied"])?;
+    // Denials of a moment are gathered before they are written.
     for (identity, method) in [("deploy", "RunWorkflow"), ("watcher", "WatchWorkflow")] {
-        ensure!(
-            trail.events.iter().any(|entry| {
-                entry["caller"]["identity"] == identity && entry["method"] == method
-            }),
-            "{:?}",
-            trail.events
-        );
+        eventually(SOON, "the denial in the trail", || {
+            let trail = agent.vmsnap(&["audit", "--denied"]);
+            trail.is_ok_and(|trail| {
+                trail.events.iter().any(|entry| {
+                    entry["caller"]["identity"] == identity && entry["method"] == method
+                })
+            })
+        })?;
     }
     Ok(())
 }
