@@ -178,7 +178,7 @@ async fn run(config: Config, network: Handle, closing: &mut Option<Closing>) -> 
     );
     let auditor = Auditor::new(journal.clone());
     let shutdown = Duration::from_secs(config.limits.shutdown);
-    let workflows = Workflows::new(hypervisor, journal, config);
+    let workflows = Workflows::new(hypervisor, journal, trust.clone(), config);
     let recovered = workflows
         .recover()
         .await
@@ -199,7 +199,7 @@ async fn run(config: Config, network: Handle, closing: &mut Option<Closing>) -> 
 
     tokio::spawn(workflows.clone().keep_guards());
     tokio::spawn(workflows.clone().keep_audit_short());
-    tokio::spawn(trust.clone().keep());
+    tokio::spawn(trust.keep());
     tokio::spawn(auditor.clone().keep());
     tokio::spawn(workflows.clone().keep_journal());
     tokio::spawn(workflows.clone().keep_stuck());
@@ -210,7 +210,7 @@ async fn run(config: Config, network: Handle, closing: &mut Option<Closing>) -> 
     let mut serving = tokio::spawn({
         let (workflows, auditor) = (workflows.clone(), auditor.clone());
         async move {
-            let serving = endpoints.serve(workflows, trust, auditor, &network, stopped);
+            let serving = endpoints.serve(workflows, auditor, &network, stopped);
             serving.await
         }
     });

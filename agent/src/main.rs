@@ -1,8 +1,11 @@
 //! `vmsnap-agent`: the daemon on each hypervisor.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use vmsnap_agent::{
     config::{
         Config,
@@ -38,6 +41,12 @@ enum Command {
     },
     /// Print the version.
     Version,
+    /// Write the manual pages into a folder.
+    #[command(hide = true)]
+    Manual {
+        /// A folder that is there.
+        folder: PathBuf,
+    },
 }
 
 /// The configuration: defaults, the file over them, VMSNAP_AGENT_SECTION_KEY of the
@@ -122,6 +131,8 @@ fn main() -> ExitCode {
             say(&format!("vmsnap-agent {}", env!("CARGO_PKG_VERSION")));
             return ExitCode::SUCCESS;
         }
+        Command::Manual { folder } => manual(&folder)
+            .map_err(|error| Problem::Other(format!("{}: {error}", folder.display()))),
         Command::Serve(configured) => configured
             .load()
             .and_then(|loaded| daemon::serve(loaded.config).map_err(Problem::Other)),
@@ -147,6 +158,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Writes a page for the program and for each of its commands.
+fn manual(folder: &Path) -> std::io::Result<()> {
+    let mut whole = Arguments::command().disable_help_subcommand(true);
+    whole.build();
+    let commands = whole.get_subcommands().filter(|one| !one.is_hide_set());
+    for page in commands.chain([&whole]) {
+        clap_mangen::Man::new(page.clone())
+            .section("8")
+            .generate_to(folder)?;
+    }
+    Ok(())
 }
 
 /// The configuration as a file would have it, after what is not a default.

@@ -119,6 +119,12 @@ pub enum Command {
     Health,
     /// Show the versions of this program, of the agent and of its hypervisor
     Version,
+    /// Write the manual pages, and completions for shells, into a folder
+    #[command(hide = true)]
+    Manual {
+        /// A folder that is there
+        folder: PathBuf,
+    },
 }
 
 /// What the four changing commands have in common.

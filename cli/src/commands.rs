@@ -2,9 +2,12 @@
 
 use std::{
     io,
+    path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use clap::CommandFactory as _;
+use clap_complete::Shell;
 use serde_json::{Value, json};
 use vmsnap_client::{
     Client, ConnectOptions, Endpoint, Error, Failure, Hindrance, REATTACH_WITHIN, TlsFiles,
@@ -53,6 +56,15 @@ impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         Trouble::Output(error)
     }
+}
+
+/// Writes a page for each command, and what completes them in a shell.
+fn manual(folder: &Path) -> io::Result<()> {
+    clap_mangen::generate_to(Cli::command(), folder)?;
+    for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
+        clap_complete::generate_to(shell, &mut Cli::command(), "vmsnap", folder)?;
+    }
+    Ok(())
 }
 
 /// Everything that a command needs beside its own arguments.
@@ -183,6 +195,11 @@ pub async fn run(cli: Cli) -> Result<Status, Trouble> {
             })
         }
         Command::Version => version(&context).await,
+        Command::Manual { folder } => {
+            let written = manual(&folder);
+            written.map_err(|error| Trouble::Here(format!("{}: {error}", folder.display())))?;
+            Ok(Status::Done)
+        }
     }
 }
 

@@ -219,7 +219,10 @@ impl Error {
         let mut text = self.to_string();
         let mut source = self.source();
         while let Some(cause) = source {
-            let cause_text = cause.to_string();
+            // A status shows itself with its causes' Debug text; they come next.
+            let cause_text = cause
+                .downcast_ref::<Status>()
+                .map_or_else(|| cause.to_string(), |status| status.message().to_owned());
             // Layers below repeat each other; once is enough.
             if !cause_text.is_empty() && !text.ends_with(&cause_text) {
                 text.push_str(": ");
@@ -373,4 +376,21 @@ fn find<'a, E: std::error::Error + 'static>(
         next = error.source();
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_is_reset_is_told_in_words_without_the_insides_of_its_cause() {
+        let endpoint = Endpoint::parse("unix:///run/vmsnap/agent.sock").unwrap();
+        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+        let error = Error::answered(&endpoint, Status::from_error(Box::new(reset)));
+        assert!(matches!(error, Error::Lost { .. }), "{error:?}");
+        assert_eq!(
+            error.chain(),
+            "lost the connection to unix:///run/vmsnap/agent.sock: connection reset"
+        );
+    }
 }

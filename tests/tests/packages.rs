@@ -68,6 +68,10 @@ add "$former" >&2
 say former $(version)
 say user $(getent passwd vmsnap | cut -d: -f1) $(getent group vmsnap | cut -d: -f1)
 say started $(ls /run/vmsnap 2>/dev/null | wc -l)
+for page in 1/vmsnap 1/vmsnap-create 1/vmsnap-cert-ca 8/vmsnap-agent 8/vmsnap-agent-serve; do
+    say page $page $(zcat /usr/share/man/man${page%%/*}/${page#*/}.${page%%/*}.gz | grep -c "^\.SH")
+done
+say completes $(bash -c ". /usr/share/bash-completion/completions/vmsnap; complete -p vmsnap" | grep -c vmsnap)
 say configuration $(stat -c "%a %U" /etc/vmsnap/agent.toml)
 vmsnap-agent check --libvirt-uri test:///default >&2
 printf "# mine\n[libvirt]\nuri = \"test:///default\"\n[limits]\nmax_chain = 9\n" >/etc/vmsnap/agent.toml
@@ -193,6 +197,17 @@ fn live(kind: &str, former: &str, new: &str) -> Result<()> {
     assert_eq!(told("former")?, FORMER);
     assert_eq!(told("user")?, "vmsnap vmsnap");
     assert_eq!(told("started")?, "0");
+    for page in [
+        "1/vmsnap",
+        "1/vmsnap-create",
+        "1/vmsnap-cert-ca",
+        "8/vmsnap-agent",
+        "8/vmsnap-agent-serve",
+    ] {
+        let sections: u32 = told(&format!("page {page} "))?.parse()?;
+        assert!(sections >= 3, "{page}: {text}");
+    }
+    assert_eq!(told("completes")?, "1");
     assert_eq!(told("configuration")?, "644 root");
     assert_eq!(told("journal")?, "600");
     let runs: u32 = told("runs ")?.parse()?;

@@ -12,13 +12,13 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use vmsnap_client::{Client, ConnectOptions, Endpoint, Error, TlsFiles};
+use vmsnap_client::{Client, ConnectOptions, Endpoint, Error, RunOptions, TlsFiles};
 use vmsnap_proto::v1;
 use vmsnap_tests::{
     BlankSpec, Lab, Network, Pki,
     ansible::{Played, keep},
     command::{self, User},
-    paths,
+    eventually, paths,
     python::{Stubs, python},
 };
 
@@ -429,6 +429,100 @@ fn a_caller_who_sees_one_vm_learns_of_no_other_from_refusals_plans_runs_issues_a
     assert!(by_narrow(&["volumes"])?.contains(name));
     drop(clone);
     agent.vmsnap(&["cleanup", name, "e1"])?.result()?;
+    Ok(())
+}
+
+#[test]
+fn a_role_that_is_withdrawn_ends_who_watches_by_it_and_the_run_goes_on() -> Result<()> {
+    const SOON: Duration = Duration::from_secs(15);
+    let lab = Lab::from_env()?;
+    let (pki, domain) = (lab.pki()?, lab.blank(&BlankSpec::default())?);
+    let vm = domain.name.clone();
+    let configuration = pki.agent("127.0.0.1:0", &["127.0.0.1"], &roles())?;
+    let mut agent = lab.agent(&format!("{configuration}[limits]\nheartbeat = 1\n"))?;
+    let go = agent.folder().join("go");
+    agent.stop();
+    agent.set_env(
+        "FAILPOINTS",
+        &format!("journal.record=1*off->return(wait {})", go.display()),
+    );
+    agent.start()?;
+    let address = agent.tls()?;
+    let set_roles = |text: &str| lab.write(&pki.path("127.0.0.1.roles"), text);
+    let role = |role: &str, vms: &str, name: &str| {
+        format!("[[roles]]\nrole = '{role}'\nvms = ['{vms}']\ncertificates = ['{name}']\n")
+    };
+    let local = roles()
+        .replace("'deploy'", "'other'")
+        .replace("'watcher'", "'other'");
+    let (deploy, watcher) = (pki.person("deploy")?, pki.person("watcher")?);
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let [deploy, watcher] = [
+            connect(&address, deploy).await?,
+            connect(&address, watcher).await?,
+        ];
+        let spec = v1::WorkflowSpec {
+            vm_name: vm.clone(),
+            snapshot_name: "s".into(),
+            action: v1::Action::Create.into(),
+            ..v1::WorkflowSpec::default()
+        };
+        let mut run = deploy.run(spec, RunOptions::default());
+        run.next().await?.context("a first event")?;
+        let id = run.workflow_id().context("its id")?.to_owned();
+        let mut watching = watcher.watch(&id, 1, SOON);
+        watching.next().await?.context("an event")?;
+
+        // Who still sees the VM goes on, with whatever role and whatever else he saw.
+        set_roles(&format!(
+            "{local}{}{}",
+            role("viewer", &vm, "watcher"),
+            role("viewer", "*", "deploy")
+        ))?;
+        eventually(SOON, "the new roles", || {
+            agent.log().contains("new roles are in force")
+        })?;
+        for stream in [&mut run, &mut watching] {
+            let ended = tokio::time::timeout(Duration::from_millis(500), stream.next()).await;
+            ensure!(ended.is_err(), "{ended:?}");
+        }
+        set_roles(&format!("{local}{}", role("viewer", &vm, "watcher")))?;
+        let ended = tokio::time::timeout(SOON, run.next()).await?;
+        let error = ended.err().context("the run's own stream goes on")?;
+        let failure = error.failure().context("no reason")?;
+        assert_eq!(failure.reason, "NOT_ALLOWED");
+        ensure!(
+            failure.message.ends_with("the run itself goes on"),
+            "{}",
+            failure.message
+        );
+        set_roles(&format!("{local}{}", role("viewer", "else*", "watcher")))?;
+        let ended = tokio::time::timeout(SOON, watching.next()).await?;
+        let error = ended.err().context("a watcher's stream goes on")?;
+        let failure = error.failure().context("no reason")?;
+        assert_eq!(failure.reason, "NOT_ALLOWED");
+        assert_eq!(failure.metadata["vm"], vm);
+
+        lab.write(&go, "")?;
+        let show = || agent.vmsnap(&["show", &id]);
+        let patience = Instant::now() + SOON;
+        while show()?.document()?["state"] != "succeeded" {
+            ensure!(Instant::now() < patience, "{:?}", show()?.events);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        anyhow::Ok(())
+    })?;
+    assert_eq!(domain.snapshots()?, ["s"]);
+    let trail = agent.vmsnap(&["audit", "--denied"])?;
+    for (identity, method) in [("deploy", "RunWorkflow"), ("watcher", "WatchWorkflow")] {
+        ensure!(
+            trail.events.iter().any(|entry| {
+                entry["caller"]["identity"] == identity && entry["method"] == method
+            }),
+            "{:?}",
+            trail.events
+        );
+    }
     Ok(())
 }
 

@@ -42,6 +42,8 @@ const PLAIN: &[&str] = &[
     "rpm",
     // systemd-analyze and systemd-sysusers; it does not become the init system.
     "systemd",
+    // systemd-nspawn, in which the units are tried.
+    "systemd-container",
     "xz-utils",
     "zstd",
 ];

@@ -1,7 +1,8 @@
 //! Building what is handed out: the collection's tarball and the command line.
 //!
 //! Invariants: what is published runs on hosts with glibc 2.17, and that is
-//! looked up in the files; the collection for the tests holds this host's own
+//! looked up in the files; the same source comes out as the same bytes; the collection
+//! for the tests holds this host's own
 //! build and lies elsewhere, so that the two are never taken for each other.
 
 use std::{
@@ -14,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     checkout, packages, python,
-    run::{command, say, step},
+    run::{command, output, say, step},
     setup, target,
 };
 
@@ -108,7 +109,46 @@ fn collection(source: &Path, module: &Path, into: &Path) -> Result<PathBuf> {
             tarball.display()
         );
     }
+    level(&tarball)?;
     Ok(tarball)
+}
+
+/// The time that is put for that of the build, in seconds since 1970:
+/// `SOURCE_DATE_EPOCH`, or else the last commit's; none without either.
+pub fn epoch() -> Option<String> {
+    let of_commit = || output(command("git", ["log", "-1", "--format=%ct"]));
+    let set = std::env::var("SOURCE_DATE_EPOCH").ok();
+    Some(set.or_else(of_commit)?.trim().to_owned()).filter(|epoch| !epoch.is_empty())
+}
+
+/// Packs a tarball anew, in order and without the time and the user of the build.
+fn level(tarball: &Path) -> Result<()> {
+    let Some(epoch) = epoch() else {
+        return Ok(());
+    };
+    let folder = tarball.with_extension("unpacked");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    let mut unpack = command("tar", ["-xzf"]);
+    unpack.arg(tarball).arg("-C").arg(&folder);
+    step("files of the collection", unpack)?;
+    let mut names: Vec<_> = fs::read_dir(&folder)?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<_, _>>()?;
+    names.sort();
+    let mut pack = command("tar", ["--sort=name", "--owner=0", "--group=0"]);
+    pack.args(["--numeric-owner", "--format=ustar", "-I", "gzip -9n"])
+        .arg(format!("--mtime=@{epoch}"))
+        .arg("-C")
+        .arg(&folder)
+        .arg("-cf")
+        .arg(tarball)
+        .args(names);
+    step("tarball of the collection", pack)?;
+    fs::remove_dir_all(&folder)?;
+    Ok(())
 }
 
 /// Where tests and demo look for the collection.

@@ -1,9 +1,10 @@
 //! The agent's packages for hosts: `.deb` and `.rpm`, with the command line, the
-//! units, an example configuration, rules and dashboard, and the documentation.
+//! units, an example configuration, rules and dashboard, manual pages, completions and
+//! the documentation.
 //!
-//! Invariants: both hold the same files; the one file of configuration belongs to
-//! the operator once it is installed; what a program needs of the host is read
-//! from the program.
+//! Invariants: both hold the same files, and the same source comes out as the same
+//! bytes; the one file of configuration belongs to the operator once it is installed;
+//! what a program needs of the host is read from the program.
 
 use std::{
     fs,
@@ -15,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     checkout,
-    package::{copy_tree, newest_symbol, place},
+    package::{copy_tree, epoch, newest_symbol, place},
     run::{cargo, command, say, step},
     target,
 };
@@ -107,6 +108,7 @@ fn lay_out(programs: &Path, files: &Path) -> Result<()> {
     ] {
         put(&packaging.join(from), &files.join(to))?;
     }
+    manual(files)?;
     let docs = files.join("usr/share/doc").join(NAME);
     copy_tree(&checkout().join("docs"), &docs)?;
     put(&checkout().join("LICENSE"), &docs.join("copyright"))?;
@@ -120,6 +122,45 @@ fn lay_out(programs: &Path, files: &Path) -> Result<()> {
     }
     fs::write(&configuration, commented(&example))?;
     open_up(files)
+}
+
+/// Has the programs write their manual pages and completions, and puts them where
+/// they are looked for.
+fn manual(files: &Path) -> Result<()> {
+    let written = files.join("written");
+    fs::create_dir_all(&written)?;
+    for program in ["vmsnap-agent", "vmsnap"] {
+        let mut manual = command(files.join("usr/bin").join(program), ["manual"]);
+        manual.arg(&written);
+        step(&format!("manual of {program}"), manual)?;
+    }
+    let share = files.join("usr/share");
+    for (name, to) in [
+        ("vmsnap.bash", "bash-completion/completions/vmsnap"),
+        ("vmsnap.fish", "fish/vendor_completions.d/vmsnap.fish"),
+        // Debian's zsh looks in the first, that of others in the second.
+        ("_vmsnap", "zsh/vendor-completions/_vmsnap"),
+        ("_vmsnap", "zsh/site-functions/_vmsnap"),
+    ] {
+        put(&written.join(name), &share.join(to))?;
+    }
+    for entry in fs::read_dir(&written)? {
+        let page = entry?.path();
+        let Some(section) = page.extension().and_then(|it| it.to_str()) else {
+            continue;
+        };
+        if !matches!(section, "1" | "8") {
+            continue;
+        }
+        let name = page.file_name().unwrap_or_default();
+        let to = share.join(format!("man/man{section}")).join(name);
+        put(&page, &to)?;
+        // Without a name and a time in it, so that it comes out the same each time.
+        let mut pack = command("gzip", ["-9", "-n"]);
+        pack.arg(&to);
+        step("manual page", pack)?;
+    }
+    remove(&written)
 }
 
 fn put(from: &Path, to: &Path) -> Result<()> {
@@ -218,7 +259,10 @@ fn deb(files: &Path, version: &str, into: &Path, small: bool) -> Result<PathBuf>
             "--build",
         ],
     );
-    build.arg(&tree).arg(&package);
+    build
+        .arg(&tree)
+        .arg(&package)
+        .envs(epoch().map(|epoch| ("SOURCE_DATE_EPOCH", epoch)));
     step(".deb", build)?;
     remove(&tree)?;
     Ok(package)
@@ -245,7 +289,8 @@ fn rpm(files: &Path, version: &str, into: &Path, small: bool) -> Result<PathBuf>
                 if small { "w19.zstdio" } else { "w0.gzdio" },
             ),
         ])
-        .arg(checkout().join("packaging/rpm/vmsnap-agent.spec"));
+        .arg(checkout().join("packaging/rpm/vmsnap-agent.spec"))
+        .envs(epoch().map(|epoch| ("SOURCE_DATE_EPOCH", epoch)));
     step(".rpm", build)?;
     remove(&top)?;
     let package = into.join(format!("{NAME}-{version}-1.x86_64.rpm"));

@@ -37,6 +37,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("ssh", "openssh-clients"),
     ("sshd", "openssh-server"),
     ("systemd-analyze", "systemd"),
+    ("systemd-nspawn", "systemd-container"),
     ("dpkg-deb", "dpkg"),
     ("rpmbuild", "rpm-build"),
     ("promtool", "golang-github-prometheus"),

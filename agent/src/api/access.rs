@@ -9,7 +9,7 @@ use super::{errors, veil};
 use crate::{
     journal::RunRow,
     planning::{Fault, Reason},
-    trust::{Access, Deed, Role},
+    trust::{Access, Deed, Role, Tenure},
     workflows::Workflows,
 };
 
@@ -18,16 +18,24 @@ use crate::{
 /// # Errors
 /// When a call came past the gate.
 pub fn of<T>(request: &Request<T>) -> Result<Access, Status> {
-    request
-        .extensions()
-        .get::<Access>()
-        .cloned()
-        .ok_or_else(|| {
-            errors::status(&Fault::new(
-                Reason::Internal,
-                "the call did not pass the gate",
-            ))
-        })
+    given(request)
+}
+
+/// The right to a stream that the gate gave a call which answers with one.
+///
+/// # Errors
+/// As [`of`].
+pub fn tenure<T>(request: &Request<T>) -> Result<Tenure, Status> {
+    given(request)
+}
+
+fn given<T, G: Clone + Send + Sync + 'static>(request: &Request<T>) -> Result<G, Status> {
+    request.extensions().get::<G>().cloned().ok_or_else(|| {
+        errors::status(&Fault::new(
+            Reason::Internal,
+            "the call did not pass the gate",
+        ))
+    })
 }
 
 /// Whether the caller has a role over a VM.

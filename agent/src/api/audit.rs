@@ -6,7 +6,7 @@ use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, audit_service_server::AuditService};
 
-use super::{errors, paging, reply, workflow};
+use super::{access, errors, paging, reply, workflow};
 use crate::{
     journal::{AuditFilter, AuditResult, AuditRow, JournalError},
     planning::Fault,
@@ -102,6 +102,8 @@ impl AuditService for Service {
         &self,
         request: Request<v1::ListAuditRequest>,
     ) -> Result<Response<v1::ListAuditResponse>, Status> {
+        // What was denied a moment ago belongs to it.
+        access::of(&request)?.auditor().flush().await;
         let message = request.into_inner();
         let limit = workflow::page(message.page_size, 100, 1_000);
         let before = match paging::Token::read(&message.page_token)? {

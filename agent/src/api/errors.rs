@@ -24,7 +24,7 @@ pub const KNOWN_ISSUES: &str = "docs/known-issues.md";
 pub fn code(reason: Reason) -> Code {
     use Reason as R;
     match reason {
-        R::BadRequest => Code::InvalidArgument,
+        R::BadRequest | R::RequestTooLarge => Code::InvalidArgument,
         R::VmNotFound
         | R::SnapshotNotFound
         | R::PoolNotFound

@@ -42,6 +42,8 @@ pub fn problem(problem: health::Problem) -> v1::HealthProblem {
         health::Kind::GuardHeld => v1::HealthProblemKind::GuardHeld,
         health::Kind::CallOverdue => v1::HealthProblemKind::CallOverdue,
         health::Kind::JournalSpaceLow => v1::HealthProblemKind::JournalSpaceLow,
+        health::Kind::CertificateExpires => v1::HealthProblemKind::CertificateExpires,
+        health::Kind::TrustUnusable => v1::HealthProblemKind::TrustUnusable,
         health::Kind::Stopping => v1::HealthProblemKind::Stopping,
     };
     v1::HealthProblem {

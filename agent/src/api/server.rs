@@ -9,7 +9,6 @@ use std::{
     net::SocketAddr,
     os::unix::fs::{PermissionsExt as _, chown},
     path::Path,
-    sync::Arc,
     time::Duration,
 };
 
@@ -28,12 +27,10 @@ use vmsnap_proto::v1::{
 use super::{audit, errors, inventory, known_issues, workflow};
 use crate::{
     config::{Config, Limits},
-    trust::{Auditor, Door, Gate, Listener, Most, Places, Trust, host_groups},
+    trust::{Auditor, Door, Gate, Listener, Most, Places, host_groups},
     workflows::Workflows,
 };
 
-/// The largest message that is taken, in bytes.
-const MESSAGE_MOST: usize = 256 * 1024;
 /// Streams of one connection, calls included. What one caller may have is
 /// bounded apart from this; here a connection's memory is.
 const STREAMS_MOST: u32 = 512;
@@ -137,7 +134,6 @@ impl Endpoints {
     pub async fn serve(
         self,
         workflows: Workflows,
-        trust: Arc<Trust>,
         auditor: Auditor,
         network: &Handle,
         stop: watch::Receiver<bool>,
@@ -179,6 +175,7 @@ impl Endpoints {
             };
             Places::new(what, key, most)
         };
+        let trust = workflows.trust().clone();
         let gate = Gate::new(
             trust.clone(),
             auditor.clone(),
@@ -209,22 +206,16 @@ impl Endpoints {
                 .add_service(health_service.clone())
                 .add_optional_service(reflection.clone())
                 .add_optional_service(older_reflection.clone())
-                .add_service(
-                    WorkflowServiceServer::new(workflow::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
-                .add_service(
-                    InventoryServiceServer::new(inventory::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
-                .add_service(
-                    KnownIssueServiceServer::new(known_issues::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
-                .add_service(
-                    AuditServiceServer::new(audit::Service(workflows.clone()))
-                        .max_decoding_message_size(MESSAGE_MOST),
-                )
+                .add_service(WorkflowServiceServer::new(workflow::Service(
+                    workflows.clone(),
+                )))
+                .add_service(InventoryServiceServer::new(inventory::Service(
+                    workflows.clone(),
+                )))
+                .add_service(KnownIssueServiceServer::new(known_issues::Service(
+                    workflows.clone(),
+                )))
+                .add_service(AuditServiceServer::new(audit::Service(workflows.clone())))
         };
         let listeners = [
             self.unix.map(Listener::Unix),

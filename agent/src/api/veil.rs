@@ -8,8 +8,14 @@
 //!
 //! Invariant: who sees all VMs gets everything as it is, at no cost.
 
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::Status;
 
 use super::errors;
@@ -21,7 +27,7 @@ use crate::{
         facts::Storage,
         issues::{Found, Learned},
     },
-    trust::{Access, Sight},
+    trust::{Access, Sight, Tenure},
     workflows::{Event, Workflows},
 };
 
@@ -30,6 +36,60 @@ const ANOTHER: &str = "another VM";
 
 /// What users of files are told with, when it is one of their snapshots that uses it.
 const SNAPSHOT: &str = " (snapshot ";
+
+/// What makes a veil anew.
+type Renewing = Pin<Box<dyn Future<Output = Result<Veil, Status>> + Send>>;
+
+/// The events of a run as an open stream's caller may see them: what is hidden from
+/// him is known anew whenever his roles are.
+pub struct Veiled {
+    events: ReceiverStream<Event>,
+    workflows: Workflows,
+    tenure: Tenure,
+    veil: Veil,
+    renewing: Option<Renewing>,
+}
+
+impl Veiled {
+    /// Of these events, with what is hidden now.
+    pub fn new(
+        events: ReceiverStream<Event>,
+        workflows: Workflows,
+        tenure: Tenure,
+        veil: Veil,
+    ) -> Self {
+        Self {
+            events,
+            workflows,
+            tenure,
+            veil,
+            renewing: None,
+        }
+    }
+}
+
+impl Stream for Veiled {
+    type Item = Result<Event, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            if let Some(renewing) = &mut self.renewing {
+                let renewed = ready!(renewing.as_mut().poll(cx));
+                self.renewing = None;
+                match renewed {
+                    Ok(veil) => self.veil = veil,
+                    Err(status) => return Poll::Ready(Some(Err(status))),
+                }
+            }
+            let Some(access) = self.tenure.renewed() else {
+                let event = ready!(Pin::new(&mut self.events).poll_next(cx));
+                return Poll::Ready(event.map(|event| self.veil.event(event)));
+            };
+            let workflows = self.workflows.clone();
+            self.renewing = Some(Box::pin(async move { Veil::of(&workflows, &access).await }));
+        }
+    }
+}
 
 /// Names of the VMs of the host that a caller may see.
 ///

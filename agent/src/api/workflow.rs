@@ -6,12 +6,15 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, workflow_service_server::WorkflowService};
 
-use super::{access, errors, paging, reply, spec, veil::Veil};
+use super::{
+    access, errors, paging, reply, spec,
+    veil::{Veil, Veiled},
+};
 use crate::{
     flow::Record,
     journal::{RunFilter, RunStatus},
     planning::{Fault, names, request::Action},
-    trust::{Deed, Did, Role},
+    trust::{Deed, Did, Over, Role},
     workflows::{Event, Submission, Workflows},
 };
 
@@ -30,6 +33,16 @@ type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn failed(fault: Fault) -> Status {
     errors::status(&fault)
+}
+
+/// A stream about a VM, which ends with the caller's right to that.
+fn about<T>(
+    vm: Over,
+    stream: impl Stream<Item = Result<T, Status>> + Send + 'static,
+) -> Response<Events<T>> {
+    let mut response = Response::new(Box::pin(stream) as Events<T>);
+    response.extensions_mut().insert(vm);
+    response
 }
 
 fn bounded(field: &str, value: &str, most: usize) -> Result<(), Status> {
@@ -77,7 +90,7 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::RunWorkflowRequest>,
     ) -> Result<Response<Self::RunWorkflowStream>, Status> {
-        let caller = access::of(&request)?;
+        let (caller, tenure) = (access::of(&request)?, access::tenure(&request)?);
         let message = request.into_inner();
         bounded("request_id", &message.request_id, ID_MOST)?;
         bounded("plan_hash", &message.plan_hash, ID_MOST)?;
@@ -89,6 +102,7 @@ impl WorkflowService for Service {
         let asked = spec::request(message.spec).map_err(failed)?;
         let deed = Deed::of(&asked);
         access::deed(&self.0, &caller, "RunWorkflow", deed, &asked.vm).await?;
+        let vm = Over(asked.vm.clone());
         let veil = Veil::of(&self.0, &caller).await?;
         let how = Submission {
             request_id: message.request_id,
@@ -102,13 +116,13 @@ impl WorkflowService for Service {
         let events = self.0.watch(&id, 1).await.map_err(failed)?;
         let mut titles = reply::Titles::default();
         let mut ended: Option<Status> = None;
-        let mut events = Box::pin(events);
+        let mut events = Veiled::new(events, self.0.clone(), tenure, veil);
         // After the outcome of a run that failed, its error ends the stream.
         let stream = tokio_stream::wrappers::ReceiverStream::new({
             let (send, receive) = tokio::sync::mpsc::channel(16);
             tokio::spawn(async move {
                 while let Some(event) = events.next().await {
-                    let event = match veil.event(event) {
+                    let event = match event {
                         Ok(event) => event,
                         Err(status) => {
                             let _ = send.send(Err(status)).await;
@@ -135,7 +149,7 @@ impl WorkflowService for Service {
             });
             receive
         });
-        Ok(Response::new(Box::pin(stream)))
+        Ok(about(vm, stream))
     }
 
     type WatchWorkflowStream = Events<v1::WatchWorkflowResponse>;
@@ -144,10 +158,10 @@ impl WorkflowService for Service {
         &self,
         request: Request<v1::WatchWorkflowRequest>,
     ) -> Result<Response<Self::WatchWorkflowStream>, Status> {
-        let caller = access::of(&request)?;
+        let (caller, tenure) = (access::of(&request)?, access::tenure(&request)?);
         let message = request.into_inner();
         let id = message.workflow_id;
-        access::run(&self.0, &caller, "WatchWorkflow", Role::Viewer, &id).await?;
+        let run = access::run(&self.0, &caller, "WatchWorkflow", Role::Viewer, &id).await?;
         let veil = Veil::of(&self.0, &caller).await?;
         let events = self
             .0
@@ -167,12 +181,12 @@ impl WorkflowService for Service {
                 titles.learn(&record.record);
             }
         }
+        let events = Veiled::new(events, self.0.clone(), tenure, veil);
         let stream = events.map(move |event| {
-            let event = veil.event(event)?;
-            reply::event(&id, &event, &mut titles)
+            reply::event(&id, &event?, &mut titles)
                 .map(|event| v1::WatchWorkflowResponse { event: Some(event) })
         });
-        Ok(Response::new(Box::pin(stream)))
+        Ok(about(Over(run.request.vm), stream))
     }
 
     async fn cancel_workflow(

@@ -14,6 +14,7 @@ use crate::{
         actions::checks::for_people,
         guard::{Guard, GuardState},
     },
+    trust,
 };
 
 /// A guest that a run holds for longer than this is told.
@@ -102,6 +103,8 @@ pub struct Standing {
     pub failing: Option<Failing>,
     /// The journal did not answer in time; what is told of it is older.
     pub silent: bool,
+    /// How certificates and roles stand.
+    pub trust: trust::Report,
 }
 
 /// What is wrong.
@@ -123,13 +126,17 @@ pub enum Kind {
     CallOverdue,
     /// The journal's file system is nearly full.
     JournalSpaceLow,
+    /// The agent's certificate expires soon, or has expired.
+    CertificateExpires,
+    /// New certificates or roles cannot be used.
+    TrustUnusable,
     /// The agent is stopping.
     Stopping,
 }
 
 impl Kind {
     /// All of them, the most urgent first.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::GuestHeld,
         Self::RunStuck,
         Self::HypervisorUnreachable,
@@ -138,6 +145,8 @@ impl Kind {
         Self::GuardHeld,
         Self::CallOverdue,
         Self::JournalSpaceLow,
+        Self::CertificateExpires,
+        Self::TrustUnusable,
         Self::Stopping,
     ];
 
@@ -153,6 +162,8 @@ impl Kind {
             Self::GuardHeld => "guard_held",
             Self::CallOverdue => "call_overdue",
             Self::JournalSpaceLow => "journal_space_low",
+            Self::CertificateExpires => "certificate_expires",
+            Self::TrustUnusable => "trust_unusable",
             Self::Stopping => "stopping",
         }
     }
@@ -355,6 +366,7 @@ pub fn problems(standing: &Standing) -> Vec<Problem> {
             "make room there, or lower journal.max_mib",
         ));
     }
+    all.extend(of_trust(&standing.trust, now));
     if standing.stopping {
         all.push(Problem::new(
             Kind::Stopping,
@@ -400,6 +412,44 @@ fn of_guard(guard: &Guard, now: Timestamp) -> Option<Problem> {
         _ => return None,
     };
     Some(problem.since(deadline).of(vm, &guard.run))
+}
+
+fn of_trust(trust: &trust::Report, now: Timestamp) -> Vec<Problem> {
+    let mut all = Vec::new();
+    if let Some(until) = trust.until {
+        let left = now.duration_until(until);
+        let remedy = "put a new certificate and its key in their places (vmsnap cert agent ... \
+                      --renew); they are taken without a restart";
+        if left.is_negative() {
+            let message = format!(
+                "the agent's certificate expired at {until}; callers over the network refuse it"
+            );
+            all.push(Problem::new(Kind::CertificateExpires, true, message, remedy).since(until));
+        } else if left < trust::SOON {
+            let message = format!(
+                "the agent's certificate expires at {until}, in {}",
+                lasting(until, now)
+            );
+            all.push(Problem::new(
+                Kind::CertificateExpires,
+                false,
+                message,
+                remedy,
+            ));
+        }
+    }
+    for reloads in &trust.reloads {
+        if let Some((since, why)) = &reloads.unusable {
+            let message = format!(
+                "new {} cannot be used, the former ones are in force: {why}",
+                reloads.of.name()
+            );
+            let remedy = "set the file right; it is read anew within a second. A restart would be \
+                          refused";
+            all.push(Problem::new(Kind::TrustUnusable, false, message, remedy).since(*since));
+        }
+    }
+    all
 }
 
 /// One line for the service manager.
@@ -553,6 +603,15 @@ mod tests {
             bytes: 1,
             free: 1 << 20,
         });
+        standing.trust = trust::Report {
+            reloads: vec![trust::Reloads {
+                of: trust::Of::Roles,
+                taken: 1,
+                refused: 1,
+                unusable: Some((at(900), "line 2: unknown key".into())),
+            }],
+            until: Some(at(2_000)),
+        };
         let mut told: Vec<Kind> = kinds(&standing).into_iter().map(|(kind, _)| kind).collect();
         told.sort();
         assert_eq!(told, Kind::ALL);
@@ -563,6 +622,26 @@ mod tests {
         for problem in problems(&standing) {
             assert!(!problem.remedy.is_empty() && !problem.message.is_empty());
         }
+    }
+
+    #[test]
+    fn a_certificate_is_told_two_weeks_before_its_end_and_urgent_from_then_on() {
+        let mut standing = standing();
+        let days = 24 * 3_600;
+        for (end, told) in [
+            (15 * days, vec![]),
+            (13 * days, vec![(Kind::CertificateExpires, false)]),
+            (999, vec![(Kind::CertificateExpires, true)]),
+        ] {
+            standing.trust.until = Some(at(end));
+            assert_eq!(kinds(&standing), told, "{end}");
+        }
+        standing.trust.until = Some(at(1_000 + 2 * days));
+        assert!(
+            headline(&standing).ends_with(", in 2 d"),
+            "{}",
+            headline(&standing)
+        );
     }
 
     #[test]

@@ -98,6 +98,9 @@ const RECONNECTS: &str = "vmsnap_reconnects_total";
 const JOURNAL_BYTES: &str = "vmsnap_journal_bytes";
 const JOURNAL_FREE: &str = "vmsnap_journal_free_bytes";
 const JOURNAL_USABLE: &str = "vmsnap_journal_usable";
+const TRUST_RELOADS: &str = "vmsnap_trust_reloads_total";
+const TRUST_UNUSABLE: &str = "vmsnap_trust_unusable";
+const CERTIFICATE_END: &str = "vmsnap_certificate_end_time_seconds";
 const PROBLEMS: &str = "vmsnap_problems";
 const READING_AGE: &str = "vmsnap_reading_age_seconds";
 const BUILD: &str = "vmsnap_build_info";
@@ -237,6 +240,25 @@ pub const METRICS: &[Metric] = &[
         Kind::Gauge,
         &[],
         "1 when the journal can be read and written, 0 when not",
+    ),
+    metric(
+        TRUST_RELOADS,
+        Kind::Counter,
+        &["of", "result"],
+        "Times that new certificates or roles were read, since the agent started",
+    ),
+    metric(
+        TRUST_UNUSABLE,
+        Kind::Gauge,
+        &["of"],
+        "1 when the certificates or roles that are there cannot be used, and former ones are in \
+         force",
+    ),
+    metric(
+        CERTIFICATE_END,
+        Kind::Gauge,
+        &[],
+        "When the agent's certificate expires, in seconds since 1970; 0 without TLS",
     ),
     metric(
         PROBLEMS,
@@ -410,6 +432,15 @@ pub fn set(standing: &Standing, known: &Known, config: &Config) {
         gauge!(JOURNAL_FREE).set(bytes(size.free));
     }
     gauge!(JOURNAL_USABLE).set(truth(standing.failing.is_none() && !standing.silent));
+    for reloads in &standing.trust.reloads {
+        let of = reloads.of.name();
+        for (result, times) in [("taken", reloads.taken), ("refused", reloads.refused)] {
+            counter!(TRUST_RELOADS, "of" => of, "result" => result).absolute(times);
+        }
+        gauge!(TRUST_UNUSABLE, "of" => of).set(truth(reloads.unusable.is_some()));
+    }
+    let end = standing.trust.until;
+    gauge!(CERTIFICATE_END).set(end.map_or(0.0, |end| between(Timestamp::UNIX_EPOCH, end)));
     let problems = health::problems(standing);
     for kind in health::Kind::ALL {
         for urgent in [true, false] {

@@ -34,6 +34,8 @@ macro_rules! reasons {
 reasons! {
     /// A field of the request is malformed or does not belong to the action.
     BadRequest = "BAD_REQUEST",
+    /// The request is larger than what is taken.
+    RequestTooLarge = "REQUEST_TOO_LARGE",
     /// No VM of that name.
     VmNotFound = "VM_NOT_FOUND",
     /// No snapshot of that name.

@@ -198,6 +198,19 @@ impl Access {
         Err(fault)
     }
 
+    /// Whether the caller still has the right to a stream that he opened, about a VM
+    /// where it is about one.
+    ///
+    /// # Errors
+    /// [`Reason::NotAllowed`], written down.
+    pub fn keeps(&self, right: &Right, vm: Option<&str>) -> Result<(), Fault> {
+        self.may_try(right)?;
+        match vm {
+            Some(vm) => self.allows_as(right.method, "watching a run", "", Role::Viewer, vm),
+            None => Ok(()),
+        }
+    }
+
     /// Writes down that something was asked for that is hidden from the caller.
     pub fn hidden(&self, method: &'static str, action: &str, vm: &str, answer: Reason) {
         self.auditor.denied(

@@ -1,7 +1,8 @@
 //! The layer that every call passes, whatever the service.
 //!
 //! Invariants: no handler is reached without an [`Access`] in its request; a call
-//! holds its place until its answer was sent to the end, or given up.
+//! holds its place until its answer was sent to the end, or given up; no message that
+//! is too large is kept, and no stream goes on without a right to it.
 
 use std::{
     pin::Pin,
@@ -9,7 +10,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http_body::Body as HttpBody;
+use http_body::{Body as HttpBody, Frame};
 use jiff::Timestamp;
 use tonic::{
     Status,
@@ -22,14 +23,16 @@ use super::{
     access::Access,
     audit::Auditor,
     limits::{Place, Places, Turns},
+    measured::Measured,
     peer::Peer,
     reload::Trust,
     rights::{self, Right},
+    tenure::{Over, Tenure},
 };
 use crate::planning::{Fault, Reason};
 
 /// What a fault is sent as.
-type Told = fn(&Fault) -> Status;
+pub(super) type Told = fn(&Fault) -> Status;
 
 #[derive(Debug)]
 struct Inner {
@@ -47,6 +50,8 @@ struct Entered {
     place: Place,
     /// The peer, when the call has to take its turn.
     turn: Option<String>,
+    /// The right to the stream, when the call answers with one.
+    tenure: Option<Tenure>,
 }
 
 /// Decides who comes in; cheap to clone.
@@ -94,14 +99,13 @@ impl Gate {
             streams,
             ..
         } = &*self.0;
-        let access = trust.roles().access(peer, auditor);
         let right = rights::of_path(path);
+        let is_stream = right.is_some_and(|right| right.streams) || path.ends_with("/Watch");
+        // Made first: roles that change from here on are held against it.
+        let tenure = Tenure::new(trust.clone(), auditor.clone(), peer.clone(), right);
+        let access = tenure.access();
         let caller = access.caller();
-        let places = if right.is_some_and(|right| right.streams) || path.ends_with("/Watch") {
-            streams
-        } else {
-            calls
-        };
+        let places = if is_stream { streams } else { calls };
         let peer_key = caller.key();
         let place = places.take(&peer_key)?;
         if peer.has_expired(Timestamp::now()) {
@@ -118,6 +122,7 @@ impl Gate {
             access,
             place,
             turn: right.is_some_and(Right::reads).then_some(peer_key),
+            tenure: is_stream.then_some(tenure),
         })
     }
 }
@@ -144,9 +149,9 @@ pub struct Gated<S> {
     inner: S,
 }
 
-impl<S, Q, R> Service<http::Request<Q>> for Gated<S>
+impl<S, R> Service<http::Request<Body>> for Gated<S>
 where
-    S: Service<http::Request<Q>, Response = http::Response<R>>,
+    S: Service<http::Request<Body>, Response = http::Response<R>>,
     S::Future: Send + 'static,
     S::Error: Send + 'static,
     R: HttpBody<Data = Bytes> + Send + 'static,
@@ -161,19 +166,21 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: http::Request<Q>) -> Self::Future {
-        let peer = request.extensions().get::<Peer>();
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let (peer, told) = (request.extensions().get::<Peer>(), self.gate.0.told);
         match self.gate.enter(peer, request.uri().path()) {
-            Err(fault) => {
-                let status = (self.gate.0.told)(&fault);
-                Box::pin(std::future::ready(Ok(status.into_http())))
-            }
+            Err(fault) => Box::pin(std::future::ready(Ok(told(&fault).into_http()))),
             Ok(Entered {
                 access,
                 place,
                 turn,
+                tenure,
             }) => {
                 request.extensions_mut().insert(access);
+                if let Some(tenure) = tenure.clone() {
+                    request.extensions_mut().insert(tenure);
+                }
+                let request = request.map(|body| Body::new(Measured::new(body, told)));
                 let turns = self.gate.0.turns.clone();
                 // What is called is made now, and does nothing before its turn.
                 let answer = self.inner.call(request);
@@ -183,9 +190,12 @@ where
                         None => None,
                     };
                     let answer = answer.await?;
+                    let over = answer.extensions().get::<Over>().cloned();
                     Ok(answer.map(|body| {
                         Body::new(Held {
-                            body: Box::pin(body),
+                            body: Some(Box::pin(body)),
+                            end: tenure.map(|tenure| Box::pin(tenure.ended(over)) as End),
+                            told,
                             _place: place,
                         })
                     }))
@@ -195,9 +205,15 @@ where
     }
 }
 
-/// An answer that holds its call's place.
+/// Why a stream ends before its own end.
+type End = Pin<Box<dyn Future<Output = Fault> + Send>>;
+
+/// An answer that holds its call's place, and ends with the right to it.
 struct Held<B> {
-    body: Pin<Box<B>>,
+    /// None once the right to it has ended.
+    body: Option<Pin<Box<B>>>,
+    end: Option<End>,
+    told: Told,
     _place: Place,
 }
 
@@ -208,15 +224,30 @@ impl<B: HttpBody> HttpBody for Held<B> {
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<B::Data>, B::Error>>> {
-        self.body.as_mut().poll_frame(cx)
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let held = &mut *self;
+        let Some(body) = &mut held.body else {
+            return Poll::Ready(None);
+        };
+        if let Some(end) = &mut held.end
+            && let Poll::Ready(fault) = end.as_mut().poll(cx)
+        {
+            (held.body, held.end) = (None, None);
+            let mut trailers = http::HeaderMap::new();
+            // What cannot be written as a header is left out; the code never is.
+            let _ = (held.told)(&fault).add_header(&mut trailers);
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        }
+        body.as_mut().poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        let body = self.body.as_ref();
+        body.is_none_or(|body| body.is_end_stream())
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
+        let body = self.body.as_ref();
+        body.map_or_else(http_body::SizeHint::default, |body| body.size_hint())
     }
 }

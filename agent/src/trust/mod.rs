@@ -9,6 +9,7 @@
 //! - Nothing is allowed that no table allows: a peer without a role is turned away
 //!   at the gate, whatever it asks for (health and reflection excepted).
 //! - What a caller may not see is answered like what is not there.
+//! - An open stream ends with its caller's right to it.
 //! - Certificates, keys, trust roots and roles are read anew while the agent runs;
 //!   what cannot be used never replaces what can.
 
@@ -17,10 +18,12 @@ mod audit;
 mod gate;
 mod incoming;
 mod limits;
+mod measured;
 mod peer;
 mod reload;
 pub mod rights;
 mod roles;
+mod tenure;
 mod tls;
 
 pub use access::{Access, Sight};
@@ -28,8 +31,10 @@ pub use audit::{Auditor, Did};
 pub use gate::{Gate, GateLayer};
 pub use incoming::{Connection, Door, Listener};
 pub use limits::{Most, Places, Turns};
+pub use measured::MESSAGE_MOST;
 pub use peer::Peer;
-pub use reload::Trust;
+pub use reload::{Of, Reloads, Report, SOON, Trust};
 pub use rights::{Deed, Role};
 pub use roles::{Roles, host_groups};
+pub use tenure::{Over, Tenure};
 pub use tls::Paths as TlsPaths;

@@ -3,7 +3,7 @@
 //! Invariant: a certificate's names are its subject alternative names, all of
 //! them, and its common name only when it has none.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use x509_parser::{
@@ -68,6 +68,19 @@ impl Peer {
     #[must_use]
     pub fn has_expired(&self, now: Timestamp) -> bool {
         matches!(self, Self::Certificate { until, .. } if *until < now)
+    }
+
+    /// How long its certificate is still valid, rounded up, so that it has run out
+    /// after that; none where it has no certificate.
+    #[must_use]
+    pub fn left(&self, now: Timestamp) -> Option<Duration> {
+        match self {
+            Self::Certificate { until, .. } => {
+                let left = Duration::try_from(now.duration_until(*until)).unwrap_or_default();
+                Some(left + Duration::from_millis(1))
+            }
+            _ => None,
+        }
     }
 
     /// A peer by its certificate, which the handshake has verified.

@@ -4,19 +4,20 @@
 //! and taken when their content changed; what cannot be used, a key that is not the
 //! certificate's among it, leaves what was there before in force, is logged once and
 //! counted; a file of roles that vanished is one that cannot be used, because
-//! without roles local callers would have all rights.
+//! without roles local callers would have all rights. Streams that are open are told
+//! of new roles ([`Trust::news`]).
 
 use std::{
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
 use jiff::{SignedDuration, Timestamp};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tokio_rustls::rustls::ServerConfig;
 
 use super::{
@@ -28,21 +29,78 @@ use crate::config::{Config, DEFAULT_ROLES};
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long before its end a certificate is warned about.
-const SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
+pub const SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
+
+/// What is read anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Of {
+    /// The agent's certificate and key, and the roots of its callers.
+    Certificates,
+    /// The file of roles.
+    Roles,
+}
+
+impl Of {
+    /// As in metrics and sentences.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Certificates => "certificates",
+            Self::Roles => "roles",
+        }
+    }
+}
+
+/// How reading one of them anew goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reloads {
+    /// What is read.
+    pub of: Of,
+    /// How often new files were taken.
+    pub taken: u64,
+    /// How often new files could not be used.
+    pub refused: u64,
+    /// Since when the files that are there cannot be used, and why; what was before
+    /// them is in force.
+    pub unusable: Option<(Timestamp, String)>,
+}
+
+/// How trust stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What is read anew.
+    pub reloads: Vec<Reloads>,
+    /// Until when the agent's certificate is valid, where it has one.
+    pub until: Option<Timestamp>,
+}
 
 /// Something that is read from files and kept while these cannot be used.
 #[derive(Debug)]
 struct Kept<C, T> {
     now: RwLock<Arc<T>>,
+    tried: Mutex<Tried<C>>,
+}
+
+#[derive(Debug)]
+struct Tried<C> {
     /// What was tried last, good or not, or why it could not even be read.
-    tried: Mutex<Result<C, String>>,
+    contents: Result<C, String>,
+    reloads: Reloads,
 }
 
 impl<C: PartialEq, T> Kept<C, T> {
-    fn new(contents: C, value: T) -> Self {
+    fn new(of: Of, contents: C, value: T) -> Self {
         Self {
             now: RwLock::new(Arc::new(value)),
-            tried: Mutex::new(Ok(contents)),
+            tried: Mutex::new(Tried {
+                contents: Ok(contents),
+                reloads: Reloads {
+                    of,
+                    taken: 0,
+                    refused: 0,
+                    unusable: None,
+                },
+            }),
         }
     }
 
@@ -53,6 +111,14 @@ impl<C: PartialEq, T> Kept<C, T> {
             .clone()
     }
 
+    fn tried(&self) -> MutexGuard<'_, Tried<C>> {
+        self.tried.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reloads(&self) -> Reloads {
+        self.tried().reloads.clone()
+    }
+
     /// Takes what was read if it is new and can be used. `None` when nothing
     /// changed since the last try.
     fn look(
@@ -60,20 +126,31 @@ impl<C: PartialEq, T> Kept<C, T> {
         read: Result<C, String>,
         understand: impl FnOnce(&C) -> Result<T, String>,
     ) -> Option<Result<Arc<T>, String>> {
-        let mut tried = self.tried.lock().unwrap_or_else(PoisonError::into_inner);
-        if *tried == read {
+        let mut tried = self.tried();
+        if tried.contents == read {
             return None;
         }
-        *tried = read;
-        let value = match &*tried {
+        tried.contents = read;
+        let value = match &tried.contents {
             Ok(contents) => understand(contents),
             Err(problem) => Err(problem.clone()),
         };
-        Some(value.map(|value| {
-            let value = Arc::new(value);
-            *self.now.write().unwrap_or_else(PoisonError::into_inner) = value.clone();
-            value
-        }))
+        let reloads = &mut tried.reloads;
+        Some(match value {
+            Ok(value) => {
+                let value = Arc::new(value);
+                *self.now.write().unwrap_or_else(PoisonError::into_inner) = value.clone();
+                reloads.taken += 1;
+                reloads.unusable = None;
+                Ok(value)
+            }
+            Err(problem) => {
+                let since = reloads.unusable.take().map(|(since, _)| since);
+                reloads.refused += 1;
+                reloads.unusable = Some((since.unwrap_or_else(Timestamp::now), problem.clone()));
+                Err(problem)
+            }
+        })
     }
 }
 
@@ -83,8 +160,7 @@ pub struct Trust {
     tls: Option<(Paths, Kept<Contents, Proof>)>,
     roles_path: PathBuf,
     roles: Kept<String, Roles>,
-    taken: AtomicU64,
-    refused: AtomicU64,
+    news: watch::Sender<()>,
 }
 
 impl Trust {
@@ -99,7 +175,7 @@ impl Trust {
                 let contents = paths.read()?;
                 let proof = paths.understand(&contents)?;
                 tell(&proof);
-                Some((paths, Kept::new(contents, proof)))
+                Some((paths, Kept::new(Of::Certificates, contents, proof)))
             }
         };
         let roles_path = config.trust.roles.clone();
@@ -125,10 +201,9 @@ impl Trust {
         }
         Ok(Arc::new(Self {
             tls,
-            roles: Kept::new(text, roles),
+            roles: Kept::new(Of::Roles, text, roles),
             roles_path,
-            taken: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
+            news: watch::Sender::new(()),
         }))
     }
 
@@ -145,13 +220,22 @@ impl Trust {
         self.roles.now()
     }
 
-    /// How often new files were taken, and how often they could not be used.
+    /// Changes whenever new roles came into force.
     #[must_use]
-    pub fn reloads(&self) -> (u64, u64) {
-        (
-            self.taken.load(Ordering::Relaxed),
-            self.refused.load(Ordering::Relaxed),
-        )
+    pub fn news(&self) -> watch::Receiver<()> {
+        self.news.subscribe()
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let mut report = Report::default();
+        if let Some((_, kept)) = &self.tls {
+            report.reloads.push(kept.reloads());
+            report.until = Some(kept.now().until);
+        }
+        report.reloads.push(self.roles.reloads());
+        report
     }
 
     /// Looks at the files, for ever.
@@ -185,17 +269,11 @@ impl Trust {
         {
             changed += 1;
             match looked {
-                Ok(proof) => {
-                    self.taken.fetch_add(1, Ordering::Relaxed);
-                    tell(&proof);
-                }
-                Err(problem) => {
-                    self.refused.fetch_add(1, Ordering::Relaxed);
-                    tracing::error!(
-                        %problem,
-                        "new certificates cannot be used: the former ones stay in force"
-                    );
-                }
+                Ok(proof) => tell(&proof),
+                Err(problem) => tracing::error!(
+                    %problem,
+                    "new certificates cannot be used: the former ones stay in force"
+                ),
             }
         }
         // An absent default file stays what it was.
@@ -214,16 +292,13 @@ impl Trust {
             changed += 1;
             match looked {
                 Ok(roles) => {
-                    self.taken.fetch_add(1, Ordering::Relaxed);
                     tracing::info!(entries = roles.len(), "new roles are in force");
+                    self.news.send_replace(());
                 }
-                Err(problem) => {
-                    self.refused.fetch_add(1, Ordering::Relaxed);
-                    tracing::error!(
-                        %problem,
-                        "new roles cannot be used: the former ones stay in force"
-                    );
-                }
+                Err(problem) => tracing::error!(
+                    %problem,
+                    "new roles cannot be used: the former ones stay in force"
+                ),
             }
         }
         changed
@@ -255,16 +330,27 @@ mod tests {
 
     #[test]
     fn what_cannot_be_used_leaves_what_was_there_and_is_tried_once() {
-        let kept = Kept::new("1".to_owned(), 1_u32);
+        let kept = Kept::new(Of::Roles, "1".to_owned(), 1_u32);
         let parse = |text: &String| text.parse::<u32>().map_err(|error| error.to_string());
+        let told = || {
+            let reloads = kept.reloads();
+            (reloads.taken, reloads.refused, reloads.unusable)
+        };
         assert!(kept.look(Ok("1".into()), parse).is_none());
+        assert_eq!(told(), (0, 0, None));
         assert!(kept.look(Ok("x".into()), parse).unwrap().is_err());
         assert_eq!(*kept.now(), 1);
         assert!(kept.look(Ok("x".into()), parse).is_none());
+        let (_, refused, unusable) = told();
+        let since = unusable.unwrap().0;
+        assert_eq!(refused, 1);
         assert!(kept.look(Err("gone".into()), parse).unwrap().is_err());
         assert!(kept.look(Err("gone".into()), parse).is_none());
         assert_eq!(*kept.now(), 1);
+        // Since the first of them, for the reason of the last.
+        assert_eq!(told(), (0, 2, Some((since, "gone".into()))));
         assert_eq!(*kept.look(Ok("2".into()), parse).unwrap().unwrap(), 2);
         assert_eq!(*kept.now(), 2);
+        assert_eq!(told(), (1, 2, None));
     }
 }

@@ -41,7 +41,7 @@ use crate::{
     journal::{Caller, Journal, JournalError, Retention, RunFilter, RunRow, RunStatus},
     observe::Observer,
     planning::{self, Fault, Plan, Reason, Request},
-    trust::{Sight, Turns},
+    trust::{Sight, Trust, Turns},
 };
 
 pub use live::{Live, LiveLog, Progress};
@@ -74,6 +74,7 @@ struct Turn {
 struct Inner {
     hypervisor: Hypervisor,
     journal: Journal,
+    trust: Arc<Trust>,
     observer: Observer,
     config: Config,
     live: Mutex<HashMap<String, Arc<Live>>>,
@@ -125,12 +126,18 @@ const PRUNE_AFTER: Duration = Duration::from_secs(1);
 impl Workflows {
     /// Nothing goes on yet. Has to be called inside the runtime that runs belong to.
     #[must_use]
-    pub fn new(hypervisor: Hypervisor, journal: Journal, config: Config) -> Self {
+    pub fn new(
+        hypervisor: Hypervisor,
+        journal: Journal,
+        trust: Arc<Trust>,
+        config: Config,
+    ) -> Self {
         let observer = Observer::new(hypervisor.clone(), journal.clone(), &config);
         let places = Arc::new(Semaphore::new(config.limits.max_runs as usize));
         Self(Arc::new(Inner {
             hypervisor,
             journal,
+            trust,
             observer,
             config,
             live: Mutex::default(),
@@ -167,6 +174,12 @@ impl Workflows {
     #[must_use]
     pub fn journal(&self) -> &Journal {
         &self.0.journal
+    }
+
+    /// What callers are trusted by.
+    #[must_use]
+    pub fn trust(&self) -> &Arc<Trust> {
+        &self.0.trust
     }
 
     /// Plans a request; changes nothing.

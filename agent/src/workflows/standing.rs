@@ -58,6 +58,7 @@ impl Workflows {
             },
             journal: self.0.journal.size(),
             failing: self.0.journal.failing(),
+            trust: self.0.trust.report(),
             ..Standing::default()
         };
         standing.open.sort_by(|a, b| a.id.cmp(&b.id));

@@ -2,6 +2,8 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
+    net::TcpStream,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -94,6 +96,17 @@ impl Agent {
     /// Its socket.
     pub fn socket(&self) -> String {
         format!("unix://{}", self.folder.path("s").display())
+    }
+
+    /// What it tells a Prometheus, where `metrics.listen` is set.
+    pub fn scrape(&self) -> String {
+        let mut stream = TcpStream::connect(self.bound("metrics=")).unwrap();
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nhost: agent\r\n\r\n")
+            .unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text
     }
 
     /// Its process id.

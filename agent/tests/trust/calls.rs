@@ -124,6 +124,15 @@ pub fn spec(deed: Deed, vm: &str) -> v1::WorkflowSpec {
     spec
 }
 
+/// Asks for the health of a service of this name.
+pub async fn call_health(channel: &Channel, service: &str) -> Answer {
+    let request = tonic_health::pb::HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    let path = "/grpc.health.v1.Health/Check";
+    ask::<_, tonic_health::pb::HealthCheckResponse>(channel, path, request).await
+}
+
 /// Runs a deed.
 pub async fn run(channel: &Channel, deed: Deed, vm: &str, request_id: &str) -> Answer {
     let request = v1::RunWorkflowRequest {

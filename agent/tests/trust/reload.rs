@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vmsnap_proto::v1;
+
 use crate::{
     agent::{Agent, connect},
     pki::{Ca, NOW, write},
@@ -25,16 +27,46 @@ fn while_it_lasts() -> Duration {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_ones_in_force() {
-    let agent = Agent::start(ROLES, "");
+    let agent = Agent::start(ROLES, "[metrics]\nlisten = '127.0.0.1:0'\n");
     let served = async || {
         let client = agent.client("deploy").await;
         client.vms().await.unwrap().len()
     };
+    // What health tells of it, and what is counted.
+    let unusable = async || {
+        let health = agent.client("deploy").await.health().await.unwrap();
+        let kind = v1::HealthProblemKind::TrustUnusable as i32;
+        let told = health.problems.into_iter();
+        told.filter(|problem| problem.kind == kind)
+            .map(|problem| problem.message)
+            .collect::<Vec<_>>()
+    };
+    let counts = |of: &str, taken: u32, refused: u32, stale: u32| {
+        let scrape = agent.scrape();
+        for line in [
+            format!("vmsnap_trust_reloads_total{{of=\"{of}\",result=\"taken\"}} {taken}\n"),
+            format!("vmsnap_trust_reloads_total{{of=\"{of}\",result=\"refused\"}} {refused}\n"),
+            format!("vmsnap_trust_unusable{{of=\"{of}\"}} {stale}\n"),
+        ] {
+            assert!(scrape.contains(&line), "no {line} in {scrape}");
+        }
+    };
+    assert_eq!(unusable().await, Vec::<String>::new());
+    counts("certificates", 0, 0, 0);
+    counts("roles", 0, 0, 0);
     let (_, foreign) = agent.ca.certificate("", &["127.0.0.1"], NOW);
     let key = std::fs::read_to_string(agent.folder.path("agent.key")).unwrap();
     write(&agent.folder.path("agent.key"), &foreign);
     agent.says("is not the key of tls.certificate");
     assert_eq!(served().await, 2);
+    let told = unusable().await;
+    assert!(
+        told.len() == 1
+            && told[0].starts_with("new certificates cannot be used")
+            && told[0].contains("is not the key of"),
+        "{told:?}"
+    );
+    counts("certificates", 0, 1, 1);
     write(&agent.folder.path("agent.key"), "no key at all");
     agent.says("holds no private key in PEM");
     assert_eq!(served().await, 2);
@@ -43,6 +75,15 @@ async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_one
     assert_eq!(served().await, 2);
     write(&agent.folder.path("ca.pem"), &agent.ca.pem);
     write(&agent.folder.path("agent.key"), &key);
+    let patience = Instant::now() + Duration::from_secs(10);
+    while !unusable().await.is_empty() {
+        assert!(Instant::now() < patience, "the old pair was never taken");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let end = "\nvmsnap_certificate_end_time_seconds ";
+    let scrape = agent.scrape();
+    let at = scrape.find(end).unwrap() + end.len();
+    assert!(!scrape[at..].starts_with('0'), "{scrape}");
     write(
         &agent.folder.path("roles.toml"),
         "[[roles]]\nrole = 'king'\n",
@@ -50,8 +91,10 @@ async fn a_pair_that_does_not_match_and_roles_that_are_none_leave_the_former_one
     agent.says("new roles cannot be used");
     assert_eq!(served().await, 2);
     std::fs::remove_file(agent.folder.path("roles.toml")).unwrap();
-    agent.says("cannot be read");
+    agent.says("roles.toml' cannot be read");
     assert_eq!(served().await, 2);
+    assert!(unusable().await[0].starts_with("new roles cannot be used"));
+    counts("roles", 0, 2, 1);
     // Told once, not every second.
     tokio::time::sleep(Duration::from_millis(2_500)).await;
     assert_eq!(agent.log().matches("role = 'king'").count(), 0);
@@ -78,6 +121,54 @@ async fn a_new_root_lets_its_callers_in_and_the_old_ones_out_without_a_restart()
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!(connect(&agent.tls(), old).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_stream_ends_with_the_role_or_the_certificate_of_its_caller() {
+    const ADMINS: &str =
+        "[[roles]]\nrole = 'admin'\nvms = ['*']\ncertificates = ['root', 'late']\n";
+    let agent = Agent::start(ADMINS, "");
+    let open = async |name: &str, until: i64| {
+        let files = agent.ca.caller(&agent.folder, name, &[], (-60, until));
+        let client = connect(&agent.tls(), files).await.unwrap();
+        client
+            .watch_audit(v1::AuditFilter::default(), 0)
+            .await
+            .unwrap()
+    };
+    let (mut root, mut late) = (open("root", 3_600).await, open("late", 4).await);
+    let soon = Duration::from_secs(10);
+    let ended = tokio::time::timeout(soon, late.message()).await.unwrap();
+    let status = ended.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::PermissionDenied);
+    assert!(status.message().contains("has expired since"), "{status}");
+    // New roles that still have him change nothing for who watches.
+    write(
+        &agent.folder.path("roles.toml"),
+        &format!("# as before\n{ADMINS}"),
+    );
+    agent.says("new roles are in force");
+    let entry = tokio::time::timeout(soon, root.message()).await.unwrap();
+    let entry = entry.unwrap().unwrap().entry.unwrap();
+    assert_eq!(
+        (
+            entry.method.as_str(),
+            entry.caller.unwrap().identity.as_str()
+        ),
+        ("WatchAudit", "late")
+    );
+    let waits = tokio::time::timeout(Duration::from_millis(500), root.message()).await;
+    assert!(waits.is_err(), "{waits:?}");
+    write(&agent.folder.path("roles.toml"), ROLES);
+    let ended = tokio::time::timeout(soon, root.message()).await.unwrap();
+    let failure = vmsnap_client::Failure::from(&ended.unwrap_err());
+    assert_eq!(failure.reason, "NOT_ALLOWED");
+    assert_eq!(failure.metadata["caller"], "root");
+    assert!(
+        failure.message.contains("'root' has no role"),
+        "{}",
+        failure.message
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,7 +11,7 @@ use vmsnap_proto::v1;
 
 use crate::{
     agent::{Agent, connect},
-    calls::{Answer, call, run},
+    calls::{Answer, call, call_health, run},
     pki::NOW,
 };
 
@@ -337,7 +337,17 @@ async fn a_message_that_is_too_large_and_a_name_that_is_too_long_are_refused_by_
     let files = agent.ca.caller(&agent.folder, "root", &[], NOW);
     let root = connect(&agent.tls(), files).await.unwrap();
     let error = root.vm(&"x".repeat(300_000)).await.unwrap_err();
-    assert!(error.chain().contains("262144"), "{}", error.chain());
+    let failure = error.failure().unwrap();
+    assert_eq!(failure.reason, "REQUEST_TOO_LARGE", "{}", error.chain());
+    assert_eq!(failure.metadata["most_bytes"], "262144");
+    let size: u64 = failure.metadata["size_bytes"].parse().unwrap();
+    assert!((300_000..300_100).contains(&size), "{size}");
+    // The connection is as good as before, and what just fits is read.
+    let error = root.vm(&"x".repeat(262_000)).await.unwrap_err();
+    assert_eq!(error.failure().unwrap().reason, "BAD_REQUEST");
+    // A service that is open to all takes no more.
+    let answer = call_health(&root.channel(), &"x".repeat(300_000)).await;
+    assert_eq!(answer.reason(), "REQUEST_TOO_LARGE", "{answer:?}");
     let error = root.vm(&"x".repeat(300)).await.unwrap_err();
     let failure = error.failure().unwrap();
     assert_eq!(failure.reason, "BAD_REQUEST");
