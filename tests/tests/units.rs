@@ -22,7 +22,10 @@ set -eu
 folder=$1
 mount -t tmpfs none "$folder"
 mkdir "$folder/upper" "$folder/work" "$folder/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/upper,workdir=$folder/work" "$folder/root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/upper,workdir=$folder/work" "$folder/root" ||
+    { echo "# cannot: no overlay can be put on /"; exit 0; }
+group=$(sed -n 's/^0:://p' /proc/self/cgroup) probe=/sys/fs/cgroup${group%/}/vmsnap-probe-$$
+mkdir "$probe" && rmdir "$probe" || { echo "# cannot: no control group can be made"; exit 0; }
 root=$folder/root units=$folder/root/etc/systemd/system
 for program in vmsnap-agent vmsnap; do
     strip -o "$root/usr/bin/$program" "$2/$program"
@@ -124,6 +127,14 @@ fn systemd_starts_confines_watches_and_restarts_the_agent_and_leaves_a_refused_o
         output.status,
         output.complaint()
     );
+    // A container without these rights, in which somebody runs the tests.
+    if let Some(why) = text
+        .lines()
+        .find_map(|line| line.strip_prefix("# cannot: "))
+    {
+        println!("not tried on this machine: {why}");
+        return Ok(());
+    }
     let told = |what: &str| -> Result<Vec<&str>> {
         let found: Vec<&str> = text
             .lines()

@@ -200,6 +200,10 @@ impl Walk {
         if safe {
             words.push("--safety-snapshot");
         }
+        // Counts for those with memory.
+        if self.kind == "external" && self.random.u32(..2) == 0 {
+            words.push("--disks-only");
+        }
         if let Some(result) = self.run(&words)? {
             if safe {
                 let safety = result["safety_snapshot"]
