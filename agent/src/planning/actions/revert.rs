@@ -3,18 +3,23 @@
 //! Everything is checked first, because a revert that fails inside libvirt has
 //! already killed the guest.
 
+mod definition;
+mod possible;
+
 use crate::planning::{
     actions::{checks, create},
-    facts::{DefinedDisk, Facts, Health, Kind, Memory, Snapshot, Source, VmState, folder_of},
-    files::{Files, OVERLAY_BYTES, exists},
+    facts::{Facts, Health, Kind, Memory, Snapshot, VmState, folder_of},
+    files::exists,
     guard::{self, GuardState},
-    lineage, names,
+    lineage,
     plan::Draft,
     reason::{Fault, Reason},
     request::{Create, Request, Revert, StateAfter},
     step::Step,
     tree,
 };
+
+pub use possible::ever;
 
 /// Drafts the plan.
 ///
@@ -35,7 +40,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         checks::whole(snapshot)?;
     }
     checks::young_enough(facts, snapshot, revert.max_age)?;
-    revertible(snapshot, facts)?;
+    possible::revertible(snapshot, facts)?;
     let alone = disks_alone(snapshot, revert)?;
     checks::not_used(facts, written(snapshot, facts))?;
     costs(snapshot, revert.force, facts, &mut draft)?;
@@ -52,7 +57,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         .with("state", facts.vm.state.name()));
     }
     let after = state_after(request, revert, snapshot, saved, facts, &mut draft);
-    startable(snapshot, saved || after != VmState::Stopped, facts)?;
+    possible::startable(snapshot, saved || after != VmState::Stopped, facts)?;
     let uefi = uefi(snapshot, saved, after, facts, &mut draft)?;
 
     if (saved && matches!(snapshot.memory, Memory::External(_))) || uefi.is_some() {
@@ -95,7 +100,7 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
             overlays,
         });
     }
-    compare_definition(snapshot, facts, &mut draft);
+    definition::compare(snapshot, facts, &mut draft);
 
     // A guest that has to end off is loaded, but need not run. Only where its UEFI
     // variables come from the loaded flash it does: QEMU writes them when it runs.
@@ -307,251 +312,6 @@ fn costs(snapshot: &Snapshot, force: bool, facts: &Facts, draft: &mut Draft) -> 
     Ok(())
 }
 
-/// Refuses a snapshot that a revert could not bring back, whatever the VM looks
-/// like now.
-///
-/// # Errors
-/// [`Reason::SnapshotNotRevertible`].
-pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
-    if snapshot
-        .record
-        .as_ref()
-        .is_some_and(|record| record.not_revertible)
-    {
-        return Err(Fault::new(
-            Reason::SnapshotNotRevertible,
-            format!(
-                "snapshot '{}' was made with disks left out and accept_no_revert; a revert would \
-                 throw those disks back further than anybody asked",
-                snapshot.name
-            ),
-        )
-        .with("snapshot", &snapshot.name));
-    }
-    if let Some(other) = &snapshot.mistaken_for {
-        return Err(Fault::new(
-            Reason::SnapshotNotRevertible,
-            format!(
-                "QEMU takes '{}' for the number of an internal snapshot, and that is the number of \
-                 '{other}': a revert would go to '{other}' instead; while the VM is off, read it \
-                 out with 'qemu-img convert -l snapshot.name={}'",
-                snapshot.name, snapshot.name
-            ),
-        )
-        .with("snapshot", &snapshot.name));
-    }
-    if snapshot.kind == Kind::Internal {
-        return Ok(());
-    }
-    let held = snapshot
-        .disks
-        .iter()
-        .filter_map(|disk| Some((disk.target.as_str(), disk.data.as_deref()?)));
-    if let Some([one, other]) = checks::same_overlay(held) {
-        return Err(Fault::new(
-            Reason::SnapshotNotRevertible,
-            format!(
-                "in snapshot '{}' disks {} and {} lie in files whose names differ only in their \
-                 endings ('{}', '{}'): libvirt's revert would call both new overlays the same, and \
-                 fail with the VM off",
-                snapshot.name, one.0, other.0, one.1, other.1
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("disk", other.0));
-    }
-    let comma = snapshot.disks.iter().find_map(|disk| {
-        let data = disk.data.as_deref()?;
-        names::overlay_stem(data)
-            .contains(',')
-            .then_some((&disk.target, data))
-    });
-    if let Some((target, path)) = comma {
-        return Err(Fault::new(
-            Reason::SnapshotNotRevertible,
-            format!(
-                "disk {target} lies in '{path}' in snapshot '{}', and after a revert the VM \
-                 could not start: libvirt writes the comma in that path twice where it makes \
-                 the new overlay",
-                snapshot.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("disk", target));
-    }
-    Ok(())
-}
-
-fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
-    ever(snapshot)?;
-    if snapshot.kind == Kind::Internal {
-        return Ok(());
-    }
-    if !facts.host.reverts_external() {
-        return Err(Fault::new(
-            Reason::KindUnsupported,
-            format!(
-                "snapshot '{}' is external, and this host's libvirt cannot revert to that; 9.10 or \
-                 newer can",
-                snapshot.name
-            ),
-        ));
-    }
-    for disk in &snapshot.definition.disks {
-        overlay_can_be_put_on(disk, snapshot, facts)?;
-    }
-    let mut files = Files::new(facts);
-    for disk in &snapshot.definition.disks {
-        if let (Some(path), Source::File) = (&disk.path, disk.source) {
-            files.need(folder_of(path), OVERLAY_BYTES);
-        }
-    }
-    files.check_space()
-}
-
-/// libvirt puts a fresh overlay on every disk and every medium, also on what the
-/// snapshot left out, and only after it has killed the guest.
-fn overlay_can_be_put_on(
-    disk: &DefinedDisk,
-    snapshot: &Snapshot,
-    facts: &Facts,
-) -> Result<(), Fault> {
-    let Some(path) = &disk.path else {
-        return Ok(());
-    };
-    if disk.only_read() {
-        return snapshot
-            .media
-            .iter()
-            .filter(|(target, _)| *target == disk.target)
-            .try_for_each(|(_, medium)| {
-                medium_fits(&disk.target, medium, disk.source, snapshot, facts)
-            });
-    }
-    let refused = |why: String| {
-        Err(Fault::new(
-            Reason::SnapshotNotRevertible,
-            format!("snapshot '{}' {why}", snapshot.name),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("disk", &disk.target))
-    };
-    let covered = snapshot
-        .disks
-        .iter()
-        .any(|of| of.target == disk.target && of.kind.is_some());
-    if !covered {
-        return refused(format!(
-            "does not cover disk {}, which a revert would throw back further than anybody asked",
-            disk.target
-        ));
-    }
-    if disk.source != Source::File {
-        return refused(format!(
-            "keeps disk {} on '{path}', which is no file: libvirt cannot put an overlay on that",
-            disk.target
-        ));
-    }
-    match checks::no_new_file_in(facts, folder_of(path)) {
-        Some(problem) => Err(Fault::new(
-            Reason::StorageNotWritable,
-            format!(
-                "a revert to snapshot '{}' makes an overlay in '{}' for disk {}, but {problem}",
-                snapshot.name,
-                folder_of(path),
-                disk.target
-            ),
-        )
-        .with("path", folder_of(path))),
-        None => Ok(()),
-    }
-}
-
-fn medium_fits(
-    target: &str,
-    medium: &str,
-    source: Source,
-    snapshot: &Snapshot,
-    facts: &Facts,
-) -> Result<(), Fault> {
-    let problem = if source == Source::File {
-        checks::no_overlay_on(facts, medium)
-    } else {
-        Some("it is not a file")
-    };
-    match problem {
-        Some(problem) => Err(Fault::new(
-            Reason::MediaNotCovered,
-            format!(
-                "{target} holds '{medium}' in snapshot '{}'; the revert must put an overlay on it, \
-                 but {problem}",
-                snapshot.name
-            ),
-        )
-        .with("disk", target)
-        .with("medium", medium)),
-        None => Ok(()),
-    }
-}
-
-/// Checks the files beside the snapshot's own that QEMU opens when it starts:
-/// it is started only after the old one was killed.
-fn startable(snapshot: &Snapshot, starts: bool, facts: &Facts) -> Result<(), Fault> {
-    if !starts {
-        return Ok(());
-    }
-    let gone = |path: &str| path.starts_with('/') && exists(facts, path) == Some(false);
-    let definition = &snapshot.definition;
-    if let Some((what, path)) = definition.boot.iter().find(|(_, path)| gone(path)) {
-        return Err(Fault::new(
-            Reason::SnapshotNotWhole,
-            format!(
-                "snapshot '{}' starts the VM with the {what} '{path}', which is not there",
-                snapshot.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("health", "data missing")
-        .with("path", path));
-    }
-    if let Some((target, medium)) = snapshot.media.iter().find(|(_, medium)| gone(medium)) {
-        return Err(Fault::new(
-            Reason::MediaNotCovered,
-            format!(
-                "{target} holds '{medium}' in snapshot '{}', but it is not there",
-                snapshot.name
-            ),
-        )
-        .with("disk", target)
-        .with("medium", medium));
-    }
-    // Those that the snapshot covers are part of its health.
-    let covered = |target: &str| {
-        snapshot
-            .disks
-            .iter()
-            .any(|disk| disk.target == target && disk.kind.is_some())
-    };
-    let disk = definition
-        .disks
-        .iter()
-        .filter(|disk| !covered(&disk.target))
-        .find_map(|disk| Some((&disk.target, disk.path.as_ref().filter(|path| gone(path))?)));
-    if let Some((target, path)) = disk {
-        return Err(Fault::new(
-            Reason::SnapshotNotWhole,
-            format!(
-                "disk {target} is on '{path}' in snapshot '{}', but that is not there",
-                snapshot.name
-            ),
-        )
-        .with("snapshot", &snapshot.name)
-        .with("health", "data missing")
-        .with("path", path));
-    }
-    Ok(())
-}
-
 /// How the UEFI variables come back: the copy that a step of its own puts into
 /// their file, and that file.
 fn uefi(
@@ -692,106 +452,4 @@ fn state_after(
     };
     draft.decide("state after", state.name(), because);
     state
-}
-
-/// What of the VM's definition the revert takes back.
-fn compare_definition(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
-    let (then, now) = (&snapshot.definition, &facts.vm.definition);
-    // A record without a definition cannot be compared.
-    if then.memory == 0 {
-        return;
-    }
-    for (field, now, then) in [
-        ("memory", now.memory, then.memory),
-        ("vcpus", now.vcpus.into(), then.vcpus.into()),
-        (
-            "vcpus_at_start",
-            now.vcpus_at_start.into(),
-            then.vcpus_at_start.into(),
-        ),
-    ] {
-        draft.change(
-            format!("definition.{field}"),
-            Some(now.to_string()),
-            Some(then.to_string()),
-        );
-    }
-    if then.machine != now.machine {
-        draft.change(
-            "definition.machine",
-            Some(now.machine.clone()),
-            Some(then.machine.clone()),
-        );
-    }
-    compare_disks(snapshot, facts, draft);
-}
-
-fn compare_disks(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
-    let (then, now) = (&snapshot.definition, &facts.vm.definition);
-    let mut targets: Vec<&str> = now
-        .disks
-        .iter()
-        .map(|disk| disk.target.as_str())
-        // Added to the running VM only.
-        .chain(facts.vm.disks.iter().map(|disk| disk.target.as_str()))
-        .chain(then.disks.iter().map(|disk| disk.target.as_str()))
-        .collect();
-    targets.sort_unstable();
-    targets.dedup();
-    for target in targets {
-        let in_use = facts.vm.disks.iter().find(|disk| disk.target == target);
-        let path_now = match (now.disk(target), in_use) {
-            (Some(disk), _) => Some(disk.path.clone().unwrap_or_default()),
-            (None, Some(disk)) => Some(disk.path.clone()),
-            (None, None) => None,
-        };
-        let path_then = then
-            .disk(target)
-            .map(|disk| disk.path.clone().unwrap_or_default());
-        let field = format!("definition.disk.{target}");
-        match (&path_now, &path_then) {
-            (Some(now), None) => {
-                draft.warn(
-                    "DISK_TAKEN_BACK",
-                    format!(
-                        "disk {target} was added after the snapshot; the revert takes it out of \
-                         the VM, its file '{now}' stays"
-                    ),
-                    "",
-                );
-                draft.change(field, path_now.clone(), None);
-            }
-            (None, Some(then)) => {
-                draft.warn(
-                    "DISK_PUT_BACK",
-                    format!(
-                        "disk {target} was taken out of the VM after the snapshot; the revert puts \
-                         it in again, with '{then}'"
-                    ),
-                    "",
-                );
-                draft.change(field, None, path_then.clone());
-            }
-            // A disk that the snapshot covers is on another overlay in any case.
-            (Some(now), Some(then)) => {
-                let covered = snapshot
-                    .disks
-                    .iter()
-                    .any(|disk| disk.target == target && disk.kind.is_some());
-                if !covered && !stands_on(now, then, target, facts) {
-                    draft.change(field, path_now.clone(), path_then.clone());
-                }
-            }
-            (None, None) => {}
-        }
-    }
-}
-
-/// Whether an image is another one, or an overlay that a revert put on it.
-fn stands_on(image: &str, other: &str, target: &str, facts: &Facts) -> bool {
-    let disk = facts.vm.disks.iter().find(|disk| disk.target == target);
-    image == other
-        || disk.is_some_and(|disk| {
-            disk.path == image && disk.chain.iter().any(|below| below.path == other)
-        })
 }
