@@ -2,6 +2,7 @@
 //! it.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsStr,
     fs,
     path::{Path, PathBuf},
@@ -240,23 +241,31 @@ impl Domain {
     pub fn data(&self, snapshot: &str, target: &str) -> Result<PathBuf> {
         let xml = self.virsh("snapshot-dumpxml", &[snapshot])?;
         let document = roxmltree::Document::parse(&xml)?;
-        let child = |name| {
-            let root = document.root_element();
-            root.children().find(|node| node.has_tag_name(name))
-        };
-        let definition = child("inactiveDomain").or_else(|| child("domain"));
-        definition
-            .into_iter()
-            .flat_map(|domain| domain.descendants())
-            .filter(|node| node.has_tag_name("disk"))
-            .find(|disk| {
-                disk.children()
-                    .any(|it| it.has_tag_name("target") && it.attribute("dev") == Some(target))
-            })
-            .and_then(|disk| disk.children().find(|it| it.has_tag_name("source")))
-            .and_then(|source| source.attribute("file"))
-            .map(PathBuf::from)
+        data_of(&document, target)
             .with_context(|| format!("snapshot {snapshot} of {} has no {target}", self.name))
+    }
+
+    /// Definitions of snapshots, each with its name, by one virsh.
+    ///
+    /// # Errors
+    /// When virsh fails, as it does where there is no such snapshot.
+    pub fn definitions(&self, snapshots: &BTreeSet<String>) -> Result<Vec<(String, String)>> {
+        const END: &str = "</domainsnapshot>";
+        if snapshots.is_empty() {
+            return Ok(Vec::new());
+        }
+        let words: Vec<String> = snapshots
+            .iter()
+            .map(|name| format!("snapshot-dumpxml {} {name}", self.name))
+            .collect();
+        let said = self.lab.virsh([words.join("; ")])?;
+        let all: Vec<String> = said
+            .split_inclusive(END)
+            .map(|xml| xml.trim().to_owned())
+            .filter(|xml| xml.ends_with(END))
+            .collect();
+        ensure!(all.len() == snapshots.len(), "virsh says {said}");
+        Ok(snapshots.iter().cloned().zip(all).collect())
     }
 
     /// Checks the active image of a disk while nobody writes it.
@@ -386,4 +395,25 @@ impl Domain {
         files.sort();
         Ok(files)
     }
+}
+
+/// The file in which a snapshot's data of a disk lies, by the snapshot's definition.
+#[must_use]
+pub fn data_of(definition: &roxmltree::Document<'_>, target: &str) -> Option<PathBuf> {
+    let child = |name| {
+        let root = definition.root_element();
+        root.children().find(|node| node.has_tag_name(name))
+    };
+    let domain = child("inactiveDomain").or_else(|| child("domain"));
+    domain
+        .into_iter()
+        .flat_map(|domain| domain.descendants())
+        .filter(|node| node.has_tag_name("disk"))
+        .find(|disk| {
+            disk.children()
+                .any(|it| it.has_tag_name("target") && it.attribute("dev") == Some(target))
+        })
+        .and_then(|disk| disk.children().find(|it| it.has_tag_name("source")))
+        .and_then(|source| source.attribute("file"))
+        .map(PathBuf::from)
 }

@@ -141,13 +141,19 @@ impl Domain {
     /// # Errors
     /// When a file cannot be removed.
     pub fn reset(&self) -> Result<()> {
-        // Each of these fails where there is nothing to do.
-        let _ = self.virsh("destroy", &[]);
-        for snapshot in self.snapshots().unwrap_or_default() {
-            let _ = self.virsh("snapshot-delete", &[&snapshot, "--metadata"]);
+        let name = &self.name;
+        // Each of these fails where there is nothing to do; one virsh does them all,
+        // and ends with the status of the last.
+        let all = format!(
+            "destroy {name}; managedsave-remove {name}; \
+             undefine {name} --nvram --snapshots-metadata"
+        );
+        if self.lab.virsh([all]).is_err() {
+            for snapshot in self.snapshots().unwrap_or_default() {
+                let _ = self.virsh("snapshot-delete", &[&snapshot, "--metadata"]);
+            }
+            let _ = self.virsh("undefine", &["--nvram", "--snapshots-metadata"]);
         }
-        let _ = self.virsh("managedsave-remove", &[]);
-        let _ = self.virsh("undefine", &["--nvram", "--snapshots-metadata"]);
         for file in self.files()? {
             fs::remove_file(self.folder().join(file))?;
         }

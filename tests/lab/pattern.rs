@@ -25,19 +25,35 @@ impl Domain {
     /// # Errors
     /// When there is no such disk, or QEMU or qemu-io refuses.
     pub fn write_pattern(&self, target: &str, byte: u8, offset: u64, bytes: u64) -> Result<()> {
+        self.write_patterns(target, byte, &[offset], bytes)
+    }
+
+    /// Fills `bytes` from each of these offsets of a disk with `byte`.
+    ///
+    /// # Errors
+    /// When there is no such disk, or QEMU or qemu-io refuses.
+    pub fn write_patterns(
+        &self,
+        target: &str,
+        byte: u8,
+        offsets: &[u64],
+        bytes: u64,
+    ) -> Result<()> {
         let disk = self.pattern_disk(target)?;
-        let words = format!("write -P {byte} {offset} {bytes}");
-        match &disk.device {
-            Some(device) => {
-                self.inside(device, &words)?;
-                self.inside(device, "flush")
-            }
-            None => {
-                let mut command = self.lab.command("qemu-io");
-                command.args(["-f", &disk.format, "-c", &words, &disk.file]);
-                succeed(&mut command).map(drop)
-            }
+        let mut writes: Vec<String> = offsets
+            .iter()
+            .map(|offset| format!("write -P {byte} {offset} {bytes}"))
+            .collect();
+        if let Some(device) = &disk.device {
+            writes.push("flush".to_owned());
+            return self.inside(device, &writes);
         }
+        let mut command = self.lab.command("qemu-io");
+        command.args(["-f", &disk.format]);
+        for write in &writes {
+            command.args(["-c", write]);
+        }
+        succeed(command.arg(&disk.file)).map(drop)
     }
 
     /// Whether all `bytes` from `offset` of a disk are `byte`, seen through its
@@ -50,7 +66,7 @@ impl Domain {
         let mut command = self.lab.command("qemu-io");
         if let Some(device) = &disk.device {
             // What QEMU still keeps for itself would be missed from outside.
-            self.inside(device, "flush")?;
+            self.inside(device, &["flush".to_owned()])?;
             command.arg("-U");
         }
         let words = format!("read -P {byte} {offset} {bytes}");
@@ -68,13 +84,20 @@ impl Domain {
         Ok(true)
     }
 
-    fn inside(&self, device: &str, words: &str) -> Result<()> {
-        let line = format!("qemu-io -d {device} \"{words}\"");
+    /// Has QEMU do all of these, by one virsh.
+    fn inside(&self, device: &str, all: &[String]) -> Result<()> {
+        let name = &self.name;
+        let lines: Vec<String> = all
+            .iter()
+            .map(|words| {
+                format!("qemu-monitor-command {name} --hmp 'qemu-io -d {device} \"{words}\"'")
+            })
+            .collect();
         // The monitor tells errors in its text, with success as its status.
-        let said = self.virsh("qemu-monitor-command", &["--hmp", &line])?;
+        let said = self.lab.virsh([lines.join("; ")])?;
         ensure!(
             said.trim().is_empty(),
-            "QEMU refuses '{words}': {}",
+            "QEMU refuses {all:?}: {}",
             said.trim()
         );
         Ok(())

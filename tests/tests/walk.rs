@@ -12,13 +12,13 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     env,
     fmt::Write as _,
+    fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
-use vmsnap_tests::{Agent, Blank, BlankSpec, Lab, command};
+use vmsnap_tests::{Agent, Blank, BlankSpec, Lab, command, domain::data_of};
 
 /// Where a walk goes unless told otherwise.
 const SEED: u64 = 8_098_710_831_100_342_620;
@@ -98,6 +98,14 @@ impl Model {
         }
         path
     }
+}
+
+/// An image with what it must hold.
+struct Held {
+    what: String,
+    image: PathBuf,
+    format: &'static str,
+    content: [u8; REGIONS],
 }
 
 struct Walk {
@@ -350,25 +358,39 @@ impl Walk {
         );
         let mut referred: BTreeSet<PathBuf> = BTreeSet::new();
         let mut whose = String::new();
+        let mut chains = BTreeMap::new();
+        let mut images = Vec::new();
         for (at, target) in DISKS.iter().enumerate() {
             let active = PathBuf::from(self.domain.disk(target)?);
-            self.holds(&active, None, &self.model.present[at])
-                .with_context(|| format!("the present state of {target}"))?;
-            referred.extend(self.chain(&active)?);
+            referred.extend(self.chain(&active, &mut chains)?);
+            images.push(Held {
+                what: format!("the present state of {target}"),
+                image: active,
+                format: "qcow2",
+                content: self.model.present[at],
+            });
         }
-        for (name, point) in &self.model.points {
-            let xml = self.domain.virsh("snapshot-dumpxml", &[name])?;
+        for (name, xml) in self.domain.definitions(&listed)? {
+            let point = &self.model.points[&name];
             let document = roxmltree::Document::parse(&xml)?;
             for (at, target) in DISKS.iter().enumerate() {
                 let data = data_of(&document, target)
                     .with_context(|| format!("snapshot {name} names no data of {target}"))?;
-                let internal = (self.kind == "internal").then_some(name.as_str());
-                self.holds(&data, internal, &point.content[at])
-                    .with_context(|| format!("snapshot {name}, disk {target}"))?;
-                let chain = self.chain(&data)?;
+                let chain = self.chain(&data, &mut chains)?;
                 let names: Vec<_> = chain.iter().filter_map(|path| path.file_name()).collect();
                 let _ = writeln!(whose, "{name} {target}: {names:?}");
                 referred.extend(chain);
+                let (image, format) = if self.kind == "internal" {
+                    (self.copy_of(&data, &name, target)?, "raw")
+                } else {
+                    (data, "qcow2")
+                };
+                images.push(Held {
+                    what: format!("snapshot {name}, disk {target}"),
+                    image,
+                    format,
+                    content: point.content[at],
+                });
             }
             referred.extend(
                 document
@@ -377,6 +399,10 @@ impl Walk {
                     .filter_map(|node| node.attribute("file"))
                     .map(PathBuf::from),
             );
+        }
+        self.hold(&images)?;
+        for copy in images.iter().filter(|held| held.format == "raw") {
+            fs::remove_file(&copy.image)?;
         }
         let referred: BTreeSet<String> = referred
             .iter()
@@ -392,20 +418,9 @@ impl Walk {
         Ok(())
     }
 
-    /// Whether an image holds the bytes that it must, seen through its chain.
-    fn holds(&self, image: &Path, internal: Option<&str>, content: &[u8]) -> Result<()> {
-        if let Some(name) = internal {
-            return self.holds_internal(image, name, content);
-        }
-        let mut command = self.lab.command("qemu-io");
-        command.args(["-U", "-r", "-f", "qcow2"]);
-        words(&mut command, content).arg(image);
-        verified(&mut command)
-    }
-
     /// An internal snapshot is read through a copy.
-    fn holds_internal(&self, image: &Path, name: &str, content: &[u8]) -> Result<()> {
-        let copy = self.agent.folder().join("internal.raw");
+    fn copy_of(&self, image: &Path, name: &str, target: &str) -> Result<PathBuf> {
+        let copy = self.agent.folder().join(format!("{name}-{target}.raw"));
         let mut convert = self.lab.command("qemu-img");
         convert
             .args(["convert", "-U", "-l"])
@@ -413,61 +428,70 @@ impl Walk {
             .args(["-O", "raw"])
             .args([image, &copy]);
         command::succeed(&mut convert)?;
-        let mut command = self.lab.command("qemu-io");
-        command.args(["-r", "-f", "raw"]);
-        words(&mut command, content).arg(&copy);
-        verified(&mut command)
+        Ok(copy)
     }
 
-    fn chain(&self, image: &Path) -> Result<Vec<PathBuf>> {
+    /// Requires that images hold the bytes that they must, seen through their chains:
+    /// all of them by one qemu-io, as starting it takes longer than what it reads.
+    fn hold(&self, images: &[Held]) -> Result<()> {
+        let all = self.read(images)?;
+        if all.is_none() {
+            return Ok(());
+        }
+        // Which of them it was.
+        for image in images {
+            if let Some(problem) = self.read(std::slice::from_ref(image))? {
+                bail!("{}: {problem}", image.what);
+            }
+        }
+        bail!("read together, and no more one by one: {all:?}")
+    }
+
+    /// What is wrong with the bytes that images hold.
+    fn read(&self, images: &[Held]) -> Result<Option<String>> {
+        let mut command = self.lab.command("qemu-io");
+        for held in images {
+            let (format, image) = (held.format, held.image.display());
+            command.args(["-c", &format!("open -r -U -o driver={format} {image}")]);
+            for (at, byte) in held.content.iter().enumerate() {
+                let offset = at as u64 * DISTANCE;
+                command.args(["-c", &format!("read -P {byte} {offset} {REGION}")]);
+            }
+            command.args(["-c", "close"]);
+        }
+        let output = command::run(&mut command, None, command::DEADLINE)?;
+        let said = format!("{}{}", output.text(), output.complaint());
+        let read = said
+            .matches(&format!("read {REGION}/{REGION} bytes"))
+            .count();
+        let failed = output.status != 0 || said.contains("failed");
+        Ok((failed || read != images.len() * REGIONS).then_some(said))
+    }
+
+    /// The files of an image's chain, from itself on; `known` are those of each image
+    /// that was looked at already.
+    fn chain(
+        &self,
+        image: &Path,
+        known: &mut BTreeMap<PathBuf, Vec<PathBuf>>,
+    ) -> Result<Vec<PathBuf>> {
+        if let Some(chain) = known.get(image) {
+            return Ok(chain.clone());
+        }
         let mut command = self.lab.command("qemu-img");
         command
             .args(["info", "-U", "--backing-chain", "--output=json"])
             .arg(image);
         let chain: Vec<Value> = serde_json::from_str(&command::succeed(&mut command)?)?;
-        Ok(chain
+        let chain: Vec<PathBuf> = chain
             .iter()
             .filter_map(|image| image["filename"].as_str().map(PathBuf::from))
-            .collect())
+            .collect();
+        for (at, image) in chain.iter().enumerate() {
+            known.insert(image.clone(), chain[at..].to_vec());
+        }
+        Ok(chain)
     }
-}
-
-fn words<'a>(command: &'a mut Command, content: &[u8]) -> &'a mut Command {
-    for (at, byte) in content.iter().enumerate() {
-        let offset = at as u64 * DISTANCE;
-        command.args(["-c", &format!("read -P {byte} {offset} {REGION}")]);
-    }
-    command
-}
-
-fn verified(command: &mut Command) -> Result<()> {
-    let said = command::succeed(command)?;
-    ensure!(
-        !said.contains("Pattern verification failed"),
-        "other data: {}",
-        said.lines()
-            .filter(|line| line.contains("failed"))
-            .collect::<Vec<_>>()
-            .join("; ")
-    );
-    Ok(())
-}
-
-fn data_of(document: &roxmltree::Document<'_>, target: &str) -> Option<PathBuf> {
-    document
-        .root_element()
-        .children()
-        .find(|node| node.has_tag_name("domain"))?
-        .descendants()
-        .filter(|node| node.has_tag_name("disk"))
-        .find(|disk| {
-            disk.children()
-                .any(|node| node.has_tag_name("target") && node.attribute("dev") == Some(target))
-        })?
-        .children()
-        .find(|node| node.has_tag_name("source"))?
-        .attribute("file")
-        .map(PathBuf::from)
 }
 
 /// Names of the snapshots that a run removed.

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, path::Path, thread, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{Lab, command::Output};
+use crate::{Lab, command::Output, domain::data_of};
 
 use super::stage::{Stage, words};
 
@@ -53,8 +53,9 @@ impl Stage<'_> {
             .cloned()
             .unwrap_or_default();
         let found: BTreeSet<String> = domain.snapshots()?.into_iter().collect();
+        let definitions = domain.definitions(&found)?;
         let mut torn = false;
-        for snapshot in &found {
+        for (snapshot, definition) in &definitions {
             let known = self.model.contains_key(snapshot);
             let made = self.scenario.makes == Some(snapshot.as_str()) && done;
             let safety = snapshot.starts_with("safety-")
@@ -81,7 +82,7 @@ impl Stage<'_> {
                 continue;
             }
             for disk in self.disks() {
-                if let Err(problem) = self.snapshot_holds(snapshot, disk, epoch) {
+                if let Err(problem) = self.snapshot_holds(snapshot, definition, disk, epoch) {
                     wrong.push(format!("{problem:#}"));
                 }
             }
@@ -102,7 +103,7 @@ impl Stage<'_> {
             wrong.push(format!("the run succeeded without snapshot {made}"));
         }
         wrong.extend(self.disks_wrong(done)?);
-        wrong.extend(self.files_wrong(&found)?);
+        wrong.extend(self.files_wrong(&definitions)?);
         if torn {
             let again = self.agent.vmsnap(&self.command())?;
             if again.status != 0 {
@@ -176,15 +177,26 @@ impl Stage<'_> {
     }
 
     /// Files of the domain that nothing refers to.
-    fn files_wrong(&self, snapshots: &BTreeSet<String>) -> Result<Vec<String>> {
+    fn files_wrong(&self, snapshots: &[(String, String)]) -> Result<Vec<String>> {
         let domain = self.domain;
         let mut used: BTreeSet<String> = BTreeSet::new();
         let mut roots = Vec::new();
         for disk in self.disks() {
             used.extend(domain.chain(disk)?);
-            for snapshot in snapshots {
-                roots.extend(domain.data(snapshot, disk));
+        }
+        for (_, definition) in snapshots {
+            let document = roxmltree::Document::parse(definition)?;
+            for disk in self.disks() {
+                roots.extend(data_of(&document, disk));
             }
+            let memory = document
+                .descendants()
+                .filter(|node| node.has_tag_name("memory"));
+            used.extend(
+                memory
+                    .filter_map(|node| node.attribute("file"))
+                    .filter_map(file_name),
+            );
         }
         for root in roots {
             let shown = root.display().to_string();
@@ -208,18 +220,6 @@ impl Stage<'_> {
                     }
                 })?;
         }
-        for snapshot in snapshots {
-            let xml = domain.virsh("snapshot-dumpxml", &[snapshot])?;
-            let document = roxmltree::Document::parse(&xml)?;
-            let memory = document
-                .descendants()
-                .filter(|node| node.has_tag_name("memory"));
-            used.extend(
-                memory
-                    .filter_map(|node| node.attribute("file"))
-                    .filter_map(file_name),
-            );
-        }
         let left = domain
             .files()?
             .into_iter()
@@ -229,13 +229,18 @@ impl Stage<'_> {
             .collect())
     }
 
-    fn snapshot_holds(&self, snapshot: &str, disk: &str, epoch: u8) -> Result<()> {
+    fn snapshot_holds(
+        &self,
+        snapshot: &str,
+        definition: &str,
+        disk: &str,
+        epoch: u8,
+    ) -> Result<()> {
         if self.scenario.guest {
             return Ok(());
         }
         let lab = &self.domain.lab;
-        let xml = self.domain.virsh("snapshot-dumpxml", &[snapshot])?;
-        let held = if xml.contains("snapshot='internal'") {
+        let held = if definition.contains("snapshot='internal'") {
             let image = self.domain.disk(disk)?;
             let copy = lab.folder.join(format!("{}.copy", self.domain.name));
             let shown = copy.display().to_string();
@@ -246,7 +251,10 @@ impl Stage<'_> {
             fs::remove_file(&copy)?;
             held?
         } else {
-            parts(lab, &self.domain.data(snapshot, disk)?, "qcow2")?
+            let document = roxmltree::Document::parse(definition)?;
+            let data = data_of(&document, disk)
+                .with_context(|| format!("snapshot {snapshot} names no data of {disk}"))?;
+            parts(lab, &data, "qcow2")?
         };
         let wanted = expected(epoch);
         ensure!(

@@ -78,10 +78,8 @@ impl<'a> Stage<'a> {
             return Ok(());
         }
         for disk in self.disks() {
-            for part in [0, u64::from(self.now)] {
-                self.domain
-                    .write_pattern(disk, self.now, part * PART, PART)?;
-            }
+            let parts = [0, u64::from(self.now) * PART];
+            self.domain.write_patterns(disk, self.now, &parts, PART)?;
         }
         Ok(())
     }
