@@ -4,6 +4,9 @@
 
 use std::{
     fs,
+    io::Read as _,
+    os::unix::fs::FileExt as _,
+    path::PathBuf,
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -42,31 +45,61 @@ fn connected(domain: &Domain) -> bool {
 /// Where the definition begins in a file that libvirt saved a domain in: behind the
 /// mark, a version, three numbers more and what is reserved.
 const DEFINITION: usize = 92;
+const END: &str = "</domain>";
 
-/// Has a domain go on from where another one was saved. Names grow no longer by that.
-fn go_on(saved: &[u8], of: &Domain, domain: &Domain) -> Result<()> {
-    let end = b"</domain>";
-    let length = saved[DEFINITION..]
-        .windows(end.len())
-        .position(|part| part == end)
-        .context("a definition")?
-        + end.len();
-    let mut xml = std::str::from_utf8(&saved[DEFINITION..DEFINITION + length])?
-        .replace(&of.name, &domain.name)
-        .replace(
-            of.virsh("domuuid", &[])?.trim(),
-            domain.virsh("domuuid", &[])?.trim(),
-        );
-    ensure!(xml.len() <= length, "the definition became longer");
-    xml.push_str(&" ".repeat(length - xml.len()));
-    let mut copy = saved.to_vec();
-    copy[DEFINITION..DEFINITION + length].copy_from_slice(xml.as_bytes());
-    let path = domain.lab.folder.join(format!("{}.saved", domain.name));
-    fs::write(&path, copy)?;
-    domain.lab.own(&path)?;
-    let restored = domain.lab.virsh(["restore".as_ref(), path.as_os_str()]);
-    fs::remove_file(path)?;
-    restored.map(drop)
+/// More bytes than the definition has.
+const LONGEST: u64 = 64 << 10;
+
+/// What a domain was saved in, from which others go on: the file says whose it is.
+struct Saved {
+    path: PathBuf,
+    /// The definition in it, with name and UUID of whom it was saved of.
+    definition: String,
+    name: String,
+    uuid: String,
+}
+
+impl Saved {
+    fn of(domain: &Domain) -> Result<Self> {
+        let lab = &domain.lab;
+        let uuid = domain.virsh("domuuid", &[])?.trim().to_owned();
+        let path = lab.folder.join(format!("{}.saved", domain.name));
+        lab.virsh(["save".as_ref(), domain.name.as_ref(), path.as_os_str()])?;
+        let mut head = Vec::new();
+        let file = fs::File::open(&path)?;
+        file.take(LONGEST).read_to_end(&mut head)?;
+        let text = String::from_utf8_lossy(&head[DEFINITION..]);
+        let (definition, _) = text.split_once(END).context("a definition")?;
+        Ok(Self {
+            path,
+            definition: format!("{definition}{END}"),
+            name: domain.name.clone(),
+            uuid,
+        })
+    }
+
+    /// Has a domain go on from there, its vCPUs standing still. Its name is no longer
+    /// than that of the one that was saved.
+    fn go_on(&self, domain: &Domain) -> Result<()> {
+        let uuid = domain.virsh("domuuid", &[])?;
+        let mut xml = self
+            .definition
+            .replace(&self.name, &domain.name)
+            .replace(&self.uuid, uuid.trim());
+        let length = self.definition.len();
+        ensure!(xml.len() <= length, "the definition became longer");
+        xml.push_str(&" ".repeat(length - xml.len()));
+        // Written into the same file: a copy of the memory for each would take longer
+        // than the rest.
+        let file = fs::File::options().write(true).open(&self.path)?;
+        file.write_all_at(xml.as_bytes(), DEFINITION as u64)?;
+        let words = [
+            "restore".as_ref(),
+            self.path.as_os_str(),
+            "--paused".as_ref(),
+        ];
+        domain.lab.virsh(words).map(drop)
+    }
 }
 
 /// Guests whose agents are connected and never answer: one boots, the others go on
@@ -77,13 +110,17 @@ fn herd_of_silent(lab: &Lab) -> Result<Vec<Blank>> {
     let (first, others) = hung.split_last().context("guests")?;
     first.virsh("start", &[])?;
     eventually(BOOT, "guest agent's port that is open", || connected(first))?;
-    let path = lab.folder.join(format!("{}.saved", first.name));
-    lab.virsh(["save".as_ref(), first.name.as_ref(), path.as_os_str()])?;
-    let saved = fs::read(&path)?;
-    fs::remove_file(path)?;
+    let saved = Saved::of(first)?;
     for domain in others.iter().chain([first]) {
-        go_on(&saved, first, domain)?;
+        saved.go_on(domain)?;
     }
+    fs::remove_file(&saved.path)?;
+    // All at once, so that none is restored beside others that run.
+    let resume: Vec<String> = hung
+        .iter()
+        .map(|domain| format!("resume {}", domain.name))
+        .collect();
+    lab.virsh([resume.join("; ")])?;
     for domain in &hung {
         eventually(BOOT, "guest agent that is connected", || connected(domain))?;
     }
