@@ -29,8 +29,8 @@ enum Verb {
     Image,
     /// Start a lab, run a command in it, take it down.
     Up {
-        /// Number of Linux guests.
-        #[arg(long, default_value_t = 2)]
+        /// Number of Linux guests: one for each test that runs beside others.
+        #[arg(long, default_value_t = 3)]
         guests: u32,
         /// The command, with its arguments.
         #[arg(last = true, required = true)]

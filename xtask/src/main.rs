@@ -206,5 +206,19 @@ fn in_lab() -> Result<Command> {
     lab.arg(nextest.get_program())
         .args(nextest.get_args())
         .args(["run", "--workspace", "--locked"]);
+    if std::env::var_os(THREADS).is_none() {
+        lab.env(THREADS, threads().to_string());
+    }
     Ok(lab)
+}
+
+/// The runner's variable for how many tests run at once.
+const THREADS: &str = "NEXTEST_TEST_THREADS";
+/// How many tests with guests run at once, as `.config/nextest.toml` has it: they wait
+/// more than they work.
+const GUESTS: usize = 3;
+
+/// As many tests at once as there are cores, and never fewer than may have guests.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(GUESTS, |cores| cores.get().max(GUESTS))
 }
