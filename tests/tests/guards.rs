@@ -1,7 +1,10 @@
 //! Guarded changes on real domains: taken back by the agent itself unless
 //! confirmed, over its restarts, and never over what somebody else did.
 
-use std::{thread::sleep, time::Duration};
+use std::{
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
@@ -36,7 +39,8 @@ fn a_change_that_nobody_confirms_is_taken_back_and_its_state_is_kept_beside() ->
     let lab = Lab::from_env()?;
     let (domain, agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
     let name = domain.name.as_str();
-    guarded(&agent, &domain, "5s")?;
+    // Time for all that is asked until then, on a busy machine.
+    guarded(&agent, &domain, "10s")?;
     let open = guards(&agent)?;
     assert_eq!(open[0]["state"], "pending");
     assert_eq!(open[0]["snapshot_name"], "before");
@@ -88,7 +92,8 @@ fn a_confirmed_change_stays_also_when_the_agent_is_killed_in_between() -> Result
     let lab = Lab::from_env()?;
     let (domain, mut agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
     let name = domain.name.as_str();
-    guarded(&agent, &domain, "6s")?;
+    guarded(&agent, &domain, "8s")?;
+    let deadline = Instant::now() + Duration::from_secs(8);
     agent.kill();
     agent.start()?;
     assert_eq!(guards(&agent)?[0]["state"], "pending");
@@ -99,7 +104,7 @@ fn a_confirmed_change_stays_also_when_the_agent_is_killed_in_between() -> Result
     let again = agent.vmsnap(&["confirm", name])?;
     assert_eq!(again.document()?["changed"], false);
     assert!(guards(&agent)?.is_empty());
-    sleep(Duration::from_secs(6) + AFTER);
+    sleep(deadline.saturating_duration_since(Instant::now()) + AFTER);
     assert!(domain.has_pattern("vda", 2, 0, 65_536)?);
     // An existing snapshot is not armed anew.
     let existing = agent.vmsnap(&["create", name, "before", "--revert-unless-confirmed", "1h"])?;

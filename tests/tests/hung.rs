@@ -189,12 +189,13 @@ fn twenty_five_hung_guest_agents_delay_neither_the_thaw_of_another_vm_nor_other_
             .count();
         Ok((waiting >= HUNG).then_some(()))
     })?;
+    // Whoever waits for a hung agent waits for at least five seconds.
     let mut slowest = Duration::ZERO;
     for round in 0..3 {
         let snapshot = format!("beside{round}");
         let (ms, took) = frozen(&["create", name, &snapshot])?;
         ensure!(
-            ms < frozen_alone + 2_000,
+            ms < frozen_alone + 4_000,
             "frozen for {ms} ms, alone {frozen_alone} ms"
         );
         ensure!(
@@ -204,7 +205,7 @@ fn twenty_five_hung_guest_agents_delay_neither_the_thaw_of_another_vm_nor_other_
         slowest = slowest.max(virsh()?);
     }
     ensure!(
-        slowest < virsh_alone + Duration::from_secs(2),
+        slowest < virsh_alone + Duration::from_secs(4),
         "virsh took {slowest:?}, alone {virsh_alone:?}"
     );
     assert!(!guest.frozen()?);

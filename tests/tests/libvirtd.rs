@@ -154,7 +154,7 @@ fn a_hung_libvirtd_is_told_in_time_and_recovered_from_without_a_restart() -> Res
     for words in [&["ls"][..], &["create", name, "during"], &["ls", name]] {
         let (failure, took) = refused(&agent, words)?;
         assert_eq!(failure["reason"], "HYPERVISOR_UNREACHABLE", "{words:?}");
-        ensure!(took < Duration::from_secs(3), "{words:?}: {took:?}");
+        ensure!(took < Duration::from_secs(5), "{words:?}: {took:?}");
     }
     // What needs no libvirt is served.
     agent.vmsnap(&["log", name])?.document()?;
@@ -219,7 +219,7 @@ fn a_hung_libvirtd_is_told_in_time_and_recovered_from_without_a_restart() -> Res
     agent.signal(Signal::TERM);
     eventually(SOON, "end of the agent", || agent.ended())?;
     ensure!(
-        since.elapsed() < Duration::from_secs(8),
+        since.elapsed() < Duration::from_secs(15),
         "{:?}",
         since.elapsed()
     );

@@ -205,7 +205,7 @@ fn a_limit_is_kept_and_a_run_that_is_out_of_time_finishes_the_merge_it_is_in() -
         agent.vmsnap(&["create", name, &snapshot])?.result()?;
         domain.write_pattern("vda", number, place(number), long)?;
     }
-    // 40 MiB at 4 MiB a second would take ten seconds.
+    // 40 MiB at 2 MiB a second would take twenty seconds.
     let began = Instant::now();
     let words = [
         "commit",
@@ -219,7 +219,7 @@ fn a_limit_is_kept_and_a_run_that_is_out_of_time_finishes_the_merge_it_is_in() -
     let stopped = agent.vmsnap(&words)?;
     let took = began.elapsed();
     assert!(
-        (Duration::from_secs(2)..Duration::from_secs(8)).contains(&took),
+        (Duration::from_secs(2)..Duration::from_secs(15)).contains(&took),
         "{took:?}"
     );
     assert_eq!(stopped.failure()?["reason"], "TIMED_OUT");
@@ -331,7 +331,8 @@ fn a_cancelled_run_gives_up_the_merge_that_it_is_in_and_the_vm_goes_on_as_before
         let told = caller
             .join()
             .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
-        assert!(began.elapsed() < Duration::from_secs(10));
+        // To its end, the second one would take twenty seconds.
+        assert!(began.elapsed() < Duration::from_secs(15));
         let told = told.complaint();
         assert!(told.contains("given up before its end"), "{told}");
         assert!(told.contains("deleting it again finishes"), "{told}");
