@@ -4,8 +4,11 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
-    process::{Child, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    process::{Child, Command, Stdio},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -13,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use rustix::process::Signal;
 
 use crate::{
-    command::{self, end},
+    command::{self, end, succeed},
     domain::Lab,
     network::Place,
     paths,
@@ -91,11 +94,16 @@ impl Lab {
             .duration_since(std::time::UNIX_EPOCH)?
             .as_millis();
         let copy = self.folder.join(format!("vmsnap-agent-{stamp}"));
+        // One thread of this process at a time: they share the name of the new file.
+        static COPYING: Mutex<()> = Mutex::new(());
+        let _alone = COPYING.lock().unwrap_or_else(PoisonError::into_inner);
         if !copy.exists() {
             let fresh = self
                 .folder
                 .join(format!("vmsnap-agent-{stamp}.{}", std::process::id()));
-            fs::copy(&built, &fresh)?;
+            // By another program: what is begun by another thread meanwhile would have
+            // the file open for writing, and then it cannot be run.
+            succeed(Command::new("cp").args([&built, &fresh]))?;
             fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
             fs::rename(&fresh, &copy)?;
         }

@@ -209,6 +209,18 @@ pub(crate) fn definition_on(xml: &str, images: &[(String, String)]) -> Result<St
                 "a definition in which disk {target} has no file"
             )));
         };
+        // Encryption, slices and the like belong to the image, not to an overlay on it.
+        if let Some(other) = source
+            .into_iter()
+            .flat_map(|source| source.children())
+            .find(|child| child.is_element() && !child.has_tag_name("seclabel"))
+        {
+            return Err(Fault::malformed(format!(
+                "a definition in which the file of disk {target} has <{}>, which an overlay on it \
+                 would not have",
+                other.tag_name().name()
+            )));
+        }
         edits.push((path.range_value(), escape(file).into_owned()));
         match child(disk, "driver") {
             Some(driver) => match driver.attribute_node("type") {
@@ -388,6 +400,11 @@ mod tests {
             let definition = definition_on(&record, &images).unwrap();
             assert_eq!(definition, format!("<domain{now}</domain>"));
         }
+        // Neither is an overlay encrypted, nor does it begin within its file.
+        let sliced = "<domainsnapshot><domain><devices><disk type='file'><source file='/a'>\
+                      <slices/></source><target dev='vda'/></disk></devices></domain>\
+                      </domainsnapshot>";
+        assert!(definition_on(sliced, &images[..1]).is_err());
         for (record, images) in [
             (
                 "<domainsnapshot><name>s</name></domainsnapshot>",

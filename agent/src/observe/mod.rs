@@ -16,7 +16,7 @@ pub(crate) use half_merged::nanoseconds;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::unix::fs::{MetadataExt as _, chown},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
 };
 
 use jiff::{Timestamp, tz::TimeZone};
@@ -518,6 +518,44 @@ impl Observer {
             .filter(|disk| disk.source == vmsnap_hypervisor::DiskSource::File)
             .filter_map(|disk| Some((disk.target.clone(), image_of(disk)?)))
             .collect())
+    }
+
+    /// The same without those that the guest only reads.
+    ///
+    /// # Errors
+    /// When it cannot be understood.
+    pub fn written_disks_of_xml(&self, xml: &str) -> Result<Vec<(String, DiskImage)>, Fault> {
+        let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
+        let mut disks = self.disks_of_xml(xml)?;
+        disks.retain(|(target, _)| {
+            definition
+                .disks
+                .iter()
+                .any(|disk| disk.target == *target && !disk.only_read())
+        });
+        Ok(disks)
+    }
+
+    /// Gives a new overlay the owner of an image below it, and the permissions, but
+    /// that its owner may write it: whoever keeps an image that stands still from
+    /// being written does not mean the overlay.
+    ///
+    /// # Errors
+    /// When that is not allowed.
+    pub fn owner_of_below(&self, below: &str, overlay: &str) -> Result<(), Fault> {
+        self.same_owner(below, overlay)?;
+        let set = || -> std::io::Result<()> {
+            let mut permissions = std::fs::metadata(overlay)?.permissions();
+            permissions.set_mode(permissions.mode() | 0o600);
+            std::fs::set_permissions(overlay, permissions)
+        };
+        set().map_err(|error| {
+            Fault::new(
+                Reason::StorageNotWritable,
+                format!("'{overlay}' cannot be made writable for its owner: {error}"),
+            )
+            .with("path", overlay)
+        })
     }
 
     /// Gives a new file the owner and permissions of the one that it replaces.

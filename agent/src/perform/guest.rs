@@ -43,7 +43,7 @@ struct Seen {
 }
 
 /// What of a guest is there.
-#[derive(Default, Clone, Copy)]
+#[derive(Default, Clone, Copy, PartialEq)]
 enum Reached {
     #[default]
     Nothing,
@@ -140,8 +140,11 @@ impl Performer {
         loop {
             match self.hypervisor.agent_ping(self.vm(), ANSWER).await {
                 Ok(()) => {
-                    seen.reached = Reached::Agent;
-                    seen.report = self.ask_guest(std::mem::take(&mut seen.report)).await;
+                    // The deadline may end this at any await: what was seen before stays.
+                    if seen.reached == Reached::Nothing {
+                        seen.reached = Reached::Agent;
+                    }
+                    seen.report = self.ask_guest(seen.report.clone()).await;
                     let addresses = seen.report.addresses();
                     if !addresses.is_empty() {
                         seen.reached = Reached::Address;

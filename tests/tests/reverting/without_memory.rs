@@ -2,7 +2,10 @@
 //! loaded. libvirt loads it in any revert, so the agent does this by itself; what
 //! it leaves has to be what libvirt would have left.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use vmsnap_tests::{Agent, BlankSpec, Closed, Domain, Lab};
@@ -196,23 +199,18 @@ fn a_revert_to_disks_alone_that_fails_in_the_middle_loses_nothing() -> Result<()
     let agent = lab.agent("")?;
     let own = Own::new(&lab)?;
     let domain = with_points(&lab, &agent, &own.0)?;
-    let frozen = Frozen::of(&domain, &["cold", "warm"])?;
-    let overlay = domain.disk("vda")?;
-    let files = own.names()?;
     let words = ["revert", domain.name.as_str(), "warm", ALONE];
-    // The overlay cannot be made; libvirt cannot write the definition; it cannot
-    // write the record. Only the first comes before the guest is off.
     let definition = lab
         .folder
         .join("config/libvirt/qemu")
         .join(format!("{}.xml.new", domain.name));
-    for (unwritable, restarts) in [
-        (&own.0, false),
-        (&definition, true),
-        (&records(&domain), true),
-    ] {
-        let row = unwritable.display().to_string();
-        let run = run_of(&domain)?;
+    // The overlay cannot be made; libvirt cannot write the definition; it cannot
+    // write the record, and only then the guest is off.
+    let fails = |unwritable: &Path, restarts: bool, former: &str| -> Result<()> {
+        let row = format!("{}, on {former}", unwritable.display());
+        let frozen = Frozen::of(&domain, &["cold", "warm"])?;
+        let (overlay, files, run) = (domain.disk("vda")?, own.names()?, run_of(&domain)?);
+        let stored = domain.virsh("dumpxml", &["--inactive"])?;
         let mut closed = None;
         let failed = agent.vmsnap_seen(&words, |event| {
             match (event["event"].as_str(), event["name"].as_str()) {
@@ -243,13 +241,26 @@ fn a_revert_to_disks_alone_that_fails_in_the_middle_loses_nothing() -> Result<()
         assert!(!failed.warned("STATE_LOST"), "{row}");
         assert_eq!(domain.state()?, "running", "{row}");
         assert_eq!(domain.disk("vda")?, overlay, "{row}");
+        assert_eq!(domain.virsh("dumpxml", &["--inactive"])?, stored, "{row}");
         assert_eq!(own.names()?, files, "{row}");
-        assert_eq!(current(&domain)?, "warm", "{row}");
+        assert_eq!(current(&domain)?, former, "{row}");
         frozen.stand_still().context(row.clone())?;
         assert!(has(&domain, 3)?, "{row}");
-        all_whole(&agent, &domain).context(row)?;
-    }
-    for (snapshot, more, byte) in [("warm", &[ALONE][..], 2), ("cold", &[], 1)] {
+        all_whole(&agent, &domain).context(row)
+    };
+    fails(&own.0, false, "warm")?;
+    fails(&definition, false, "warm")?;
+    fails(&records(&domain), true, "warm")?;
+    // From another branch.
+    revert(&agent, &domain, "cold", &[])?.result()?;
+    point(&agent, &domain, "side", 3, &[])?;
+    fails(&definition, false, "side")?;
+    fails(&records(&domain), true, "side")?;
+    for (snapshot, more, byte) in [
+        ("warm", &[ALONE][..], 2),
+        ("side", &[], 3),
+        ("cold", &[], 1),
+    ] {
         revert(&agent, &domain, snapshot, more)?.result()?;
         assert!(has(&domain, byte)?);
     }
@@ -258,5 +269,46 @@ fn a_revert_to_disks_alone_that_fails_in_the_middle_loses_nothing() -> Result<()
     assert_eq!(told.trim(), "cold");
     let file = fs::read_to_string(records(&domain).join("warm.xml"))?;
     assert!(file.contains("<name>cold</name>"), "{file}");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_was_added_later_stays_with_what_was_written_to_it_or_its_loss_is_told_before()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec::default())?;
+    point(&agent, &domain, "warm", 1, &["--memory"])?;
+    let added = lab.images().join(format!("{}-added.qcow2", domain.name));
+    let shown = added.display().to_string();
+    lab.qemu_img(["create", "-q", "-f", "qcow2", &shown, "8M"])?;
+    lab.own(&added)?;
+    for (more, told, stays) in [
+        (&[ALONE][..], "stays", true),
+        (&[], "libvirt deletes", false),
+    ] {
+        let words = ["vdb", "--subdriver", "qcow2", "--config", "--live"];
+        let mut attach = vec![shown.as_str()];
+        attach.extend(words);
+        domain.virsh("attach-disk", &attach)?;
+        point(&agent, &domain, "later", 2, &[])?;
+        domain.write_pattern("vdb", 7, AT, BYTES)?;
+        let overlay = PathBuf::from(domain.disk("vdb")?);
+        let done = revert(&agent, &domain, "warm", more)?;
+        done.result()?;
+        assert!(has(&domain, 1)?);
+        let warning = done
+            .all("planned")
+            .flat_map(|event| event["plan"]["warnings"].as_array().into_iter().flatten())
+            .find(|warning| warning["code"] == "DISK_TAKEN_BACK")
+            .context("a warning")?;
+        assert!(warning["message"].to_string().contains(told), "{warning}");
+        assert_eq!(overlay.exists(), stays, "{}", overlay.display());
+        agent
+            .vmsnap(&["cleanup", &domain.name, "later"])?
+            .result()?;
+    }
+    assert!(added.exists());
+    fs::remove_file(added)?;
     Ok(())
 }

@@ -9,7 +9,10 @@ use std::path::Path;
 use vmsnap_hypervisor::{Hypervisor, image};
 
 use super::{Kept, Performer, since_epoch};
-use crate::planning::{Done, Fault, Reason, names};
+use crate::{
+    observe::DiskImage,
+    planning::{Done, Fault, Reason, names},
+};
 
 impl Performer {
     /// Does what libvirt's revert does, but for the memory, which libvirt loads in any
@@ -28,31 +31,27 @@ impl Performer {
         let kept = Kept::of(definition, done).ok_or_else(|| lost("the definition"))?;
         let record = kept.record(name).ok_or_else(|| lost("the record"))?;
         self.pace(&snapshot).await?;
-        let second = since_epoch().as_secs();
         let then = Hypervisor::definition_on(record, &[])?;
-        let mut images = self.observer.disks_of_xml(&then)?;
+        let mut images = self.observer.written_disks_of_xml(&then)?;
         images.retain(|(target, _)| targets.contains(target));
-        let overlays: Vec<(String, String)> = images
-            .iter()
-            .map(|(target, image)| {
-                let stem = names::overlay_stem(&image.path);
-                (target.clone(), format!("{stem}.{second}"))
-            })
-            .collect();
-        let fresh: Vec<String> = overlays.iter().map(|(_, path)| path.clone()).collect();
-        self.journal
-            .note_files(&self.live.id, fresh.clone())
-            .await?;
-        for ((_, image), overlay) in images.iter().zip(&fresh) {
-            let format = image.format.as_deref().unwrap_or("raw");
-            image::create_overlay(Path::new(overlay), Path::new(&image.path), format).await?;
-            self.observer.same_owner(&image.path, overlay)?;
+        for target in targets {
+            let image = images.iter().find(|(disk, _)| disk == target);
+            if image.is_none_or(|(_, image)| !Path::new(&image.path).is_file()) {
+                return Err(Fault::new(
+                    Reason::SnapshotNotRevertible,
+                    format!(
+                        "disk {target} lies on no regular file in snapshot '{name}', and no \
+                         overlay is put on anything else"
+                    ),
+                )
+                .with("snapshot", name)
+                .with("disk", target));
+            }
         }
+        let overlays = free_names(&images);
+        let fresh: Vec<String> = overlays.iter().map(|(_, path)| path.clone()).collect();
+        // All that can be refused is, before the guest is touched.
         let fresh_definition = Hypervisor::definition_on(record, &overlays)?;
-
-        // From here on the guest is off.
-        self.hypervisor.destroy(self.vm()).await?;
-        self.hypervisor.define(&fresh_definition).await?;
         let beside = self
             .hypervisor
             .snapshots(self.vm())
@@ -60,24 +59,85 @@ impl Performer {
             .iter()
             .any(|other| other.parent.as_deref() == Some(name));
         let fresh_record = Hypervisor::with_overlays(record, &overlays, beside)?;
-        self.redefine(&fresh_record, name, true).await?;
-        let mut left_behind = Vec::new();
-        if let Some((former, record)) = kept
-            .current
-            .and_then(|former| Some((former, kept.record(former)?)))
-        {
+        let former = match kept.current {
+            Some(former) => kept.record(former).map(|record| (former, record)),
+            None => None,
+        };
+        let (mut left_behind, mut without) = (Vec::new(), None);
+        if let Some((former, record)) = former {
             left_behind = Hypervisor::overlays_of_record(record)?;
-            let without = Hypervisor::with_overlays(record, &[], true)?;
-            if former != name && without != record {
-                self.redefine(&without, former, false).await?;
-            }
+            let changed = Hypervisor::with_overlays(record, &[], true)?;
+            without = (former != name && changed != record).then_some((former, changed));
         }
+        // What disks lie on that the snapshot does not know stays.
         let present = self.observer.disks_of_xml(kept.xml)?;
-        left_behind.retain(|path| present.iter().any(|(_, image)| image.path == *path));
+        left_behind.retain(|path| {
+            let mut of = present.iter().filter(|(_, image)| image.path == *path);
+            of.any(|(target, _)| targets.contains(target))
+        });
+
+        self.journal.note_files(&self.live.id, fresh).await?;
+        for ((_, image), (_, overlay)) in images.iter().zip(&overlays) {
+            self.make_overlay(image, overlay).await?;
+        }
+        // Defined first: libvirt may refuse an old definition, and whoever starts the
+        // VM from here on starts it on the new overlays.
+        self.hypervisor.define(&fresh_definition).await?;
+        self.hypervisor.destroy(self.vm()).await?;
+        self.redefine(&fresh_record, name, true).await?;
+        if let Some((former, record)) = without {
+            self.redefine(&record, former, false).await?;
+        }
         // The revert is done, whatever stays of the state before it.
         if let Err(fault) = self.remove_files(&left_behind, kept.current).await {
-            self.notice("FILES_LEFT", fault.message, "vmsnap cleanup removes them");
+            let advice = match kept.current {
+                Some(former) if former != name => {
+                    format!("it goes with snapshot '{former}', when that is removed")
+                }
+                _ => "vmsnap cleanup removes it".into(),
+            };
+            self.notice("FILES_LEFT", fault.message, advice);
         }
         Ok(crate::perform::plain(""))
+    }
+
+    /// Makes the overlay of one disk; a file that is there is never written over.
+    async fn make_overlay(&self, image: &DiskImage, overlay: &str) -> Result<(), Fault> {
+        let made = std::fs::File::options()
+            .write(true)
+            .create_new(true)
+            .open(overlay);
+        if let Err(error) = made {
+            self.journal.forget_files(vec![overlay.to_owned()]).await?;
+            let reason = match error.kind() {
+                std::io::ErrorKind::AlreadyExists => Reason::FileExists,
+                _ => Reason::StorageNotWritable,
+            };
+            let message = format!("the overlay '{overlay}' cannot be made: {error}");
+            return Err(Fault::new(reason, message).with("path", overlay));
+        }
+        let format = image.format.as_deref().unwrap_or("raw");
+        image::create_overlay(Path::new(overlay), Path::new(&image.path), format).await?;
+        self.observer.owner_of_below(&image.path, overlay)
+    }
+}
+
+/// Names for the overlays as libvirt would give them, of the first second from now
+/// on of which no file is there.
+fn free_names(images: &[(String, DiskImage)]) -> Vec<(String, String)> {
+    let mut second = since_epoch().as_secs();
+    loop {
+        let overlays: Vec<(String, String)> = images
+            .iter()
+            .map(|(target, image)| {
+                let stem = names::overlay_stem(&image.path);
+                (target.clone(), format!("{stem}.{second}"))
+            })
+            .collect();
+        let taken = |path: &str| std::fs::symlink_metadata(path).is_ok();
+        if !overlays.iter().any(|(_, path)| taken(path)) {
+            return overlays;
+        }
+        second += 1;
     }
 }

@@ -43,6 +43,10 @@ impl Performer {
         };
         match self.left(&kept).await? {
             Left::Untouched => {
+                let stored = self.hypervisor.domain_xml(self.vm(), Xml::Inactive).await?;
+                if self.observer.disks_of_xml(&stored)? != self.observer.disks_of_xml(kept.xml)? {
+                    self.hypervisor.define(kept.xml).await?;
+                }
                 self.remove_overlays(&kept).await?;
                 return Ok("libvirt gave up before it touched the VM".into());
             }
@@ -100,6 +104,8 @@ impl Performer {
         );
         let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
         self.redefine(&record, name, true).await?;
+        // It may have been cut off before the record named the new overlays.
+        self.mend_if_needed().await?;
         Ok(format!("the VM is in snapshot '{name}' now"))
     }
 
@@ -110,8 +116,9 @@ impl Performer {
     async fn is_reverted(&self, kept: &Kept<'_>) -> Result<bool, Fault> {
         let defined = self.hypervisor.domain_xml(self.vm(), Xml::Inactive).await?;
         let there = |path: &str| std::fs::metadata(path).is_ok();
-        let before = self.observer.disks_of_xml(kept.xml)?;
-        let now = self.observer.disks_of_xml(&defined)?;
+        // A medium that is gone tells nothing: it may have been gone before.
+        let before = self.observer.written_disks_of_xml(kept.xml)?;
+        let now = self.observer.written_disks_of_xml(&defined)?;
         Ok(before.iter().any(|(_, disk)| !there(&disk.path))
             && now.iter().all(|(_, disk)| there(&disk.path))
             && self.current_snapshot().await?.as_ref() == Some(&self.plan.snapshot)
@@ -182,6 +189,7 @@ impl Performer {
     /// place, on what the old one stood on.
     async fn define_again(&self, kept: &Kept<'_>) -> Result<String, Fault> {
         let mut anew = Vec::new();
+        let written = self.observer.written_disks_of_xml(kept.xml)?;
         for (target, disk) in self.observer.disks_of_xml(kept.xml)? {
             let path = disk.path;
             if tokio::fs::metadata(&path).await.is_ok() {
@@ -189,6 +197,10 @@ impl Performer {
             }
             let below = kept.backing.iter().find(|(disk, ..)| *disk == target);
             let Some((_, below, format)) = below else {
+                if written.iter().all(|(disk, _)| *disk != target) {
+                    // A medium that somebody took away.
+                    continue;
+                }
                 return Err(Fault::new(
                     Reason::SnapshotNotWhole,
                     format!(
@@ -200,7 +212,7 @@ impl Performer {
                 .with("path", path));
             };
             image::create_overlay(Path::new(&path), Path::new(below), format).await?;
-            self.observer.same_owner(below, &path)?;
+            self.observer.owner_of_below(below, &path)?;
             anew.push(format!("disk {target} goes on from '{below}'"));
         }
         self.hypervisor.define(kept.xml).await?;

@@ -40,8 +40,8 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         checks::whole(snapshot)?;
     }
     checks::young_enough(facts, snapshot, revert.max_age)?;
-    possible::revertible(snapshot, facts)?;
     let alone = disks_alone(snapshot, revert)?;
+    possible::revertible(snapshot, alone.is_some(), facts)?;
     checks::not_used(facts, written(snapshot, facts))?;
     costs(snapshot, revert.force, facts, &mut draft)?;
     checks::not_half_loaded(facts)?;
@@ -57,7 +57,8 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
         .with("state", facts.vm.state.name()));
     }
     let after = state_after(request, revert, snapshot, saved, facts, &mut draft);
-    possible::startable(snapshot, saved || after != VmState::Stopped, facts)?;
+    let starts = saved || after != VmState::Stopped;
+    possible::startable(snapshot, starts, alone.is_some(), facts)?;
     let uefi = uefi(snapshot, saved, after, facts, &mut draft)?;
 
     if (saved && matches!(snapshot.memory, Memory::External(_))) || uefi.is_some() {
@@ -100,7 +101,8 @@ pub fn draft(request: &Request, revert: &Revert, facts: &Facts) -> Result<Draft,
             overlays,
         });
     }
-    definition::compare(snapshot, facts, &mut draft);
+    let deletes = alone.is_none() && !revert.safety_snapshot && snapshot.kind != Kind::Internal;
+    definition::compare(snapshot, deletes, facts, &mut draft);
 
     // A guest that has to end off is loaded, but need not run. Only where its UEFI
     // variables come from the loaded flash it does: QEMU writes them when it runs.

@@ -5,8 +5,9 @@ use crate::planning::{
     plan::Draft,
 };
 
-/// What of the VM's definition the revert takes back.
-pub(super) fn compare(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
+/// What of the VM's definition the revert takes back. Whether it `deletes` all overlays
+/// of the present state: libvirt's own does, also of disks that it takes out.
+pub(super) fn compare(snapshot: &Snapshot, deletes: bool, facts: &Facts, draft: &mut Draft) {
     let (then, now) = (&snapshot.definition, &facts.vm.definition);
     // A record without a definition cannot be compared.
     if then.memory == 0 {
@@ -34,10 +35,10 @@ pub(super) fn compare(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
             Some(then.machine.clone()),
         );
     }
-    compare_disks(snapshot, facts, draft);
+    compare_disks(snapshot, deletes, facts, draft);
 }
 
-fn compare_disks(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
+fn compare_disks(snapshot: &Snapshot, deletes: bool, facts: &Facts, draft: &mut Draft) {
     let (then, now) = (&snapshot.definition, &facts.vm.definition);
     let mut targets: Vec<&str> = now
         .disks
@@ -62,13 +63,24 @@ fn compare_disks(snapshot: &Snapshot, facts: &Facts, draft: &mut Draft) {
         let field = format!("definition.disk.{target}");
         match (&path_now, &path_then) {
             (Some(now), None) => {
+                let overlay = facts
+                    .current()
+                    .and_then(|current| current.present_overlay(target));
+                let (file, advice) = if deletes && overlay == Some(now) {
+                    (
+                        format!("libvirt deletes its overlay '{now}', what that stands on stays"),
+                        "set safety_snapshot to keep what was written to it since the last snapshot",
+                    )
+                } else {
+                    (format!("its file '{now}' stays"), "")
+                };
                 draft.warn(
                     "DISK_TAKEN_BACK",
                     format!(
                         "disk {target} was added after the snapshot; the revert takes it out of \
-                         the VM, its file '{now}' stays"
+                         the VM, {file}"
                     ),
-                    "",
+                    advice,
                 );
                 draft.change(field, path_now.clone(), None);
             }

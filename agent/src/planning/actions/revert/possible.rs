@@ -84,7 +84,7 @@ pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
     Ok(())
 }
 
-pub(super) fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+pub(super) fn revertible(snapshot: &Snapshot, alone: bool, facts: &Facts) -> Result<(), Fault> {
     ever(snapshot)?;
     if snapshot.kind == Kind::Internal {
         return Ok(());
@@ -99,11 +99,12 @@ pub(super) fn revertible(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault
             ),
         ));
     }
-    for disk in &snapshot.definition.disks {
+    let overlaid = |disk: &&DefinedDisk| !(alone && disk.only_read());
+    for disk in snapshot.definition.disks.iter().filter(overlaid) {
         overlay_can_be_put_on(disk, snapshot, facts)?;
     }
     let mut files = Files::new(facts);
-    for disk in &snapshot.definition.disks {
+    for disk in snapshot.definition.disks.iter().filter(overlaid) {
         if let (Some(path), Source::File) = (&disk.path, disk.source) {
             files.need(folder_of(path), OVERLAY_BYTES);
         }
@@ -198,7 +199,12 @@ fn medium_fits(
 
 /// Checks the files beside the snapshot's own that QEMU opens when it starts:
 /// it is started only after the old one was killed.
-pub(super) fn startable(snapshot: &Snapshot, starts: bool, facts: &Facts) -> Result<(), Fault> {
+pub(super) fn startable(
+    snapshot: &Snapshot,
+    starts: bool,
+    alone: bool,
+    facts: &Facts,
+) -> Result<(), Fault> {
     if !starts {
         return Ok(());
     }
@@ -216,7 +222,18 @@ pub(super) fn startable(snapshot: &Snapshot, starts: bool, facts: &Facts) -> Res
         .with("health", "data missing")
         .with("path", path));
     }
-    if let Some((target, medium)) = snapshot.media.iter().find(|(_, medium)| gone(medium)) {
+    // What was only put into a drive of the running VM is not what starts from disks.
+    let starts_with = |target: &str, medium: &String| {
+        !alone
+            || definition
+                .disk(target)
+                .is_some_and(|disk| disk.path.as_ref() == Some(medium))
+    };
+    let missing = snapshot
+        .media
+        .iter()
+        .find(|(target, medium)| gone(medium) && starts_with(target, medium));
+    if let Some((target, medium)) = missing {
         return Err(Fault::new(
             Reason::MediaNotCovered,
             format!(
