@@ -14,10 +14,7 @@ mod vm;
 
 pub(crate) use half_merged::nanoseconds;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{Timestamp, tz::TimeZone};
 use tokio::task::JoinSet;
@@ -511,13 +508,7 @@ impl Observer {
     /// # Errors
     /// When it cannot be understood.
     pub fn disks_of_xml(&self, xml: &str) -> Result<Vec<(String, DiskImage)>, Fault> {
-        let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
-        Ok(definition
-            .disks
-            .into_iter()
-            .filter(|disk| disk.source == vmsnap_hypervisor::DiskSource::File)
-            .filter_map(|disk| Some((disk.target.clone(), image_of(disk)?)))
-            .collect())
+        images_of_xml(xml, |_| true)
     }
 
     /// The same without those that the guest only reads.
@@ -525,60 +516,22 @@ impl Observer {
     /// # Errors
     /// When it cannot be understood.
     pub fn written_disks_of_xml(&self, xml: &str) -> Result<Vec<(String, DiskImage)>, Fault> {
-        let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
-        let mut disks = self.disks_of_xml(xml)?;
-        disks.retain(|(target, _)| {
-            definition
-                .disks
-                .iter()
-                .any(|disk| disk.target == *target && !disk.only_read())
-        });
-        Ok(disks)
+        images_of_xml(xml, |disk| !disk.only_read())
     }
+}
 
-    /// Gives a new overlay the owner of an image below it, and the permissions, but
-    /// that its owner may write it: whoever keeps an image that stands still from
-    /// being written does not mean the overlay.
-    ///
-    /// # Errors
-    /// When that is not allowed.
-    pub fn owner_of_below(&self, below: &str, overlay: &str) -> Result<(), Fault> {
-        self.same_owner(below, overlay)?;
-        let set = || -> std::io::Result<()> {
-            let mut permissions = std::fs::metadata(overlay)?.permissions();
-            permissions.set_mode(permissions.mode() | 0o600);
-            std::fs::set_permissions(overlay, permissions)
-        };
-        set().map_err(|error| {
-            Fault::new(
-                Reason::StorageNotWritable,
-                format!("'{overlay}' cannot be made writable for its owner: {error}"),
-            )
-            .with("path", overlay)
-        })
-    }
-
-    /// Gives a new file the owner and permissions of the one that it replaces.
-    ///
-    /// # Errors
-    /// When that is not allowed.
-    pub fn same_owner(&self, like: &str, file: &str) -> Result<(), Fault> {
-        let set = || -> std::io::Result<()> {
-            let model = std::fs::metadata(like)?;
-            let present = std::fs::metadata(file)?;
-            if (present.uid(), present.gid()) != (model.uid(), model.gid()) {
-                chown(file, Some(model.uid()), Some(model.gid()))?;
-            }
-            std::fs::set_permissions(file, model.permissions())
-        };
-        set().map_err(|error| {
-            Fault::new(
-                Reason::StorageNotWritable,
-                format!("'{file}' cannot be given the owner of '{like}': {error}"),
-            )
-            .with("path", file)
-        })
-    }
+/// Targets and images of those disks of a definition that lie on files.
+fn images_of_xml(
+    xml: &str,
+    wanted: impl Fn(&DiskDefinition) -> bool,
+) -> Result<Vec<(String, DiskImage)>, Fault> {
+    let definition = vmsnap_hypervisor::DomainDefinition::parse(xml)?;
+    Ok(definition
+        .disks
+        .into_iter()
+        .filter(|disk| disk.source == vmsnap_hypervisor::DiskSource::File && wanted(disk))
+        .filter_map(|disk| Some((disk.target.clone(), image_of(disk)?)))
+        .collect())
 }
 
 /// Files in which something of a snapshot lies.

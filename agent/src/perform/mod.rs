@@ -11,6 +11,7 @@ mod guard;
 mod guest;
 mod hold;
 mod merge;
+mod owner;
 mod revert;
 mod storage;
 

@@ -15,7 +15,7 @@ use std::{
 
 use vmsnap_hypervisor::{DomainState, Hypervisor, RevertFlags, Xml, image};
 
-use super::{Performer, create};
+use super::{Performer, create, owner};
 use crate::{
     faults::sentence,
     planning::{
@@ -263,7 +263,7 @@ impl Performer {
         } else {
             from
         };
-        let owned = self.observer.same_owner(like, &fresh);
+        let owned = owner::same(like, &fresh);
         let put_back = match owned {
             Ok(()) => tokio::fs::rename(&fresh, to).await.map_err(|error| {
                 Fault::new(

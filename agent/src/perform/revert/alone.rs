@@ -8,17 +8,15 @@ use std::path::Path;
 
 use vmsnap_hypervisor::{Hypervisor, image};
 
-use super::{Kept, Performer, since_epoch};
+use super::{Kept, Performer, owner, since_epoch};
 use crate::{
     observe::DiskImage,
     planning::{Done, Fault, Reason, names},
 };
 
 impl Performer {
-    /// Does what libvirt's revert does, but for the memory, which libvirt loads in any
-    /// case: fresh overlays on the data of the snapshot, its definition with them,
-    /// and the records as libvirt would have them. What was there before goes last,
-    /// so that until then all of it can be taken back.
+    /// Fresh overlays on the data of the snapshot, its definition with them, and the
+    /// records as libvirt would have them.
     pub(in crate::perform) async fn revert_disks(
         &self,
         name: &str,
@@ -26,11 +24,9 @@ impl Performer {
         definition: usize,
         done: &[Option<Done>],
     ) -> Result<Done, Fault> {
-        let snapshot = self.snapshot(name)?;
         let lost = |what: &str| Fault::new(Reason::Internal, format!("{what} was not kept"));
         let kept = Kept::of(definition, done).ok_or_else(|| lost("the definition"))?;
         let record = kept.record(name).ok_or_else(|| lost("the record"))?;
-        self.pace(&snapshot).await?;
         let then = Hypervisor::definition_on(record, &[])?;
         let mut images = self.observer.written_disks_of_xml(&then)?;
         images.retain(|(target, _)| targets.contains(target));
@@ -59,12 +55,10 @@ impl Performer {
             .iter()
             .any(|other| other.parent.as_deref() == Some(name));
         let fresh_record = Hypervisor::with_overlays(record, &overlays, beside)?;
-        let former = match kept.current {
-            Some(former) => kept.record(former).map(|record| (former, record)),
-            None => None,
-        };
         let (mut left_behind, mut without) = (Vec::new(), None);
-        if let Some((former, record)) = former {
+        if let Some(former) = kept.current
+            && let Some(record) = kept.record(former)
+        {
             left_behind = Hypervisor::overlays_of_record(record)?;
             let changed = Hypervisor::with_overlays(record, &[], true)?;
             without = (former != name && changed != record).then_some((former, changed));
@@ -118,7 +112,7 @@ impl Performer {
         }
         let format = image.format.as_deref().unwrap_or("raw");
         image::create_overlay(Path::new(overlay), Path::new(&image.path), format).await?;
-        self.observer.owner_of_below(&image.path, overlay)
+        owner::of_below(&image.path, overlay)
     }
 }
 

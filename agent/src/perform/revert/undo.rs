@@ -9,7 +9,7 @@ use std::{path::Path, time::Duration};
 
 use vmsnap_hypervisor::{DomainState, DomainSummary, ErrorKind, Hypervisor, What, Xml, image};
 
-use super::{Kept, Performer, overlays_beside};
+use super::{Kept, Performer, overlays_beside, owner};
 use crate::planning::{Done, Fault, Reason, Step, facts::VmState};
 
 /// How often a VM that is going down is looked at before it is taken as it is.
@@ -212,7 +212,7 @@ impl Performer {
                 .with("path", path));
             };
             image::create_overlay(Path::new(&path), Path::new(below), format).await?;
-            self.observer.owner_of_below(below, &path)?;
+            owner::of_below(below, &path)?;
             anew.push(format!("disk {target} goes on from '{below}'"));
         }
         self.hypervisor.define(kept.xml).await?;
