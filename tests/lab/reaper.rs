@@ -13,7 +13,7 @@ use std::{fs, thread, time::Duration};
 
 use anyhow::{Context as _, Result};
 use rustix::process::{
-    Pid, WaitId, WaitIdOptions, WaitOptions, getpid, getsid, set_child_subreaper, waitid, waitpid,
+    Pid, WaitId, WaitIdOptions, WaitOptions, getpid, set_child_subreaper, waitid, waitpid,
 };
 
 /// Pause where there is nothing that could be waited for here.
@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// When the kernel refuses.
 pub fn adopt() -> Result<()> {
     set_child_subreaper(Some(getpid())).context("processes left behind cannot be adopted")?;
-    let session = getsid(None).context("no session")?;
+    let session = Process::read("self").context("no session")?.session;
     thread::spawn(move || {
         loop {
             // Looks only: whose child it is decides who waits for it.
@@ -39,7 +39,7 @@ pub fn adopt() -> Result<()> {
 }
 
 /// Waits for those that ended in a session that is not ours; how many there were.
-fn reap(session: Pid) -> usize {
+fn reap(session: i32) -> usize {
     let tasks = fs::read_dir("/proc/self/task").into_iter().flatten();
     tasks
         .filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok())
@@ -55,15 +55,34 @@ fn reap(session: Pid) -> usize {
 }
 
 /// Whether a process ended, and in another session.
-fn ended_elsewhere(child: Pid, session: Pid) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-    // The name before the state may hold anything, also parentheses. Behind it: state,
-    // parent, process group, session.
-    let fields = stat
-        .rsplit_once(')')
-        .map(|(_, rest)| rest.split_whitespace());
-    let mut fields = fields.into_iter().flatten();
-    let ended = fields.next() == Some("Z");
-    let its = fields.nth(2).and_then(|number| number.parse().ok());
-    ended && its.is_some_and(|number: i32| number != session.as_raw_nonzero().get())
+fn ended_elsewhere(child: Pid, session: i32) -> bool {
+    Process::read(&child.to_string())
+        .is_some_and(|process| process.ended && process.session != session)
+}
+
+/// What the kernel says of a process.
+struct Process {
+    /// It ended, and nobody waited for it yet.
+    ended: bool,
+    /// Its session; 0 where that was begun outside of this PID namespace, as a
+    /// container's may be. The C library's `getsid` has the same 0, which rustix does
+    /// not take for a process.
+    session: i32,
+}
+
+impl Process {
+    /// Reads `/proc/NAME/stat`; none where there is no such process.
+    fn read(name: &str) -> Option<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{name}/stat")).ok()?)
+    }
+
+    fn parse(stat: &str) -> Option<Self> {
+        // The name before the state may hold anything, also parentheses. Behind it:
+        // state, parent, process group, session.
+        let (_, rest) = stat.rsplit_once(')')?;
+        let mut fields = rest.split_whitespace();
+        let ended = fields.next()? == "Z";
+        let session = fields.nth(2)?.parse().ok()?;
+        Some(Self { ended, session })
+    }
 }

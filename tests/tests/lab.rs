@@ -207,6 +207,17 @@ fn a_lab_ends_with_the_status_of_its_command_and_hands_its_folder_on() -> Result
     Ok(())
 }
 
+/// A container shares its first process's session with what started it: inside, the
+/// session has no number.
+#[test]
+fn the_lab_works_where_its_session_began_outside_of_its_pid_namespace() -> Result<()> {
+    let mut apart = command::privileged(["unshare", "--pid", "--fork", "--mount-proc"]);
+    let image = apart.arg("--kill-child").arg(binary("vmsnap-lab")?);
+    let done = command::run(image.arg("image"), None, Duration::from_secs(60))?;
+    assert_eq!((done.status, done.complaint().as_str()), (0, ""));
+    Ok(())
+}
+
 #[test]
 fn the_lab_runs_where_its_user_may_read_and_sockets_fit() -> Result<()> {
     let lab = Lab::from_env()?;
