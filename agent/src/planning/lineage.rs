@@ -28,14 +28,9 @@ pub type Overlays = (String, Vec<(String, String)>);
 /// data of a snapshot lies, and its record cannot be set right.
 pub fn to_mend(facts: &Facts) -> Result<Option<Overlays>, Fault> {
     let Some(current) = facts.current() else {
-        let stands_on: Vec<&Snapshot> = facts
-            .snapshots
-            .iter()
-            .filter(|snapshot| present_stands_on(snapshot, facts))
-            .collect();
-        return match stands_on[..] {
-            [one] => Ok(Some((one.name.clone(), overlays(one, facts)))),
-            _ => Err(Fault::new(
+        return match stands_on(facts) {
+            Some(one) => Ok(Some((one.name.clone(), overlays(one, facts)))),
+            None => Err(Fault::new(
                 Reason::CurrentUnknown,
                 format!(
                     "libvirt does not know which snapshot the present state of VM '{}' stands on, \
@@ -69,6 +64,29 @@ pub fn to_mend(facts: &Facts) -> Result<Option<Overlays>, Fault> {
         Some(fault) => Err(fault),
         None => Ok(None),
     }
+}
+
+/// The one external snapshot on whose data the present state directly lies, by the
+/// images themselves.
+#[must_use]
+pub fn stands_on(facts: &Facts) -> Option<&Snapshot> {
+    let mut all = facts
+        .snapshots
+        .iter()
+        .filter(|snapshot| present_stands_on(snapshot, facts));
+    all.next().filter(|_| all.next().is_none())
+}
+
+/// What would let libvirt know the snapshot that the present state stands on, where
+/// it takes another for the current one, or none, and the images tell which it is.
+#[must_use]
+pub fn to_make_current(facts: &Facts) -> Option<String> {
+    let name = &stands_on(facts).filter(|one| !one.current)?.name;
+    Some(format!(
+        "the present images lie on '{name}': make that the current one with 'virsh \
+         snapshot-current {} {name}'",
+        facts.vm.name
+    ))
 }
 
 fn covers(snapshot: &Snapshot, disk: &Disk) -> bool {
@@ -116,13 +134,15 @@ fn overlays(snapshot: &Snapshot, facts: &Facts) -> Vec<(String, String)> {
 fn endangered(current: &Snapshot, disk: &Disk, facts: &Facts) -> Option<Fault> {
     let deleted = current.present_overlay(&disk.target)?;
     let other = held_by(&facts.snapshots, &disk.target, deleted)?;
+    let help =
+        to_make_current(facts).unwrap_or_else(|| format!("remove snapshot '{}' first", other.name));
     Some(
         Fault::new(
             Reason::SnapshotBranches,
             format!(
                 "disk {} of VM '{}' is on '{}', but libvirt takes '{deleted}' for it, in which the \
-                 data of snapshot '{}' lies, and would delete that; remove snapshot '{}' first",
-                disk.target, facts.vm.name, disk.path, other.name, other.name
+                 data of snapshot '{}' lies, and would delete that; {help}",
+                disk.target, facts.vm.name, disk.path, other.name
             ),
         )
         .with("snapshot", &current.name)

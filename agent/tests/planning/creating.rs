@@ -146,10 +146,13 @@ fn what_is_replaced_decides_nothing_for_what_replaces_it() {
         (Kind::Internal, Kind::External),
         (Kind::External, Kind::Internal),
     ] {
+        // An external one beside the present state, an internal one in its image.
+        let data = path(match found {
+            Kind::Internal => "web1.qcow2",
+            _ => "before.qcow2",
+        });
         let mut facts = running();
-        facts
-            .snapshots
-            .push(snapshot("s0", None, found, &path("web1.qcow2")));
+        facts.snapshots.push(snapshot("s0", None, found, &data));
         let again = |if_exists| Create {
             kind: Some(wanted),
             if_exists,
@@ -159,9 +162,7 @@ fn what_is_replaced_decides_nothing_for_what_replaces_it() {
         assert_eq!(fault.reason, Reason::SnapshotConflict);
         plan(&request(asked(again(IfExists::Replace))), &facts).unwrap();
         // Another one that stays still decides.
-        facts
-            .snapshots
-            .push(snapshot("s1", None, found, &path("web1.qcow2")));
+        facts.snapshots.push(snapshot("s1", None, found, &data));
         let fault = plan(&request(asked(again(IfExists::Replace))), &facts).unwrap_err();
         assert_eq!(fault.reason, Reason::KindsMixed);
     }

@@ -7,6 +7,7 @@
 //! Each disk is written in stretches of one MiB: what a step wrote is the byte of
 //! its number in the stretch of its number. Here is what the themes share.
 
+mod current;
 mod cut_off;
 mod files;
 mod foreign_jobs;

@@ -7,6 +7,7 @@ use crate::planning::{
     actions::{checks, delete, resize},
     facts::{Facts, Kind, Snapshot},
     guard::{self, GuardState},
+    lineage,
     plan::Draft,
     reason::{Fault, Reason},
     request::{Commit, Request},
@@ -70,6 +71,7 @@ fn merge(commit: &Commit, facts: &Facts, draft: &mut Draft) -> Result<(), Fault>
                 .iter()
                 .position(|snapshot| snapshot.name == commit.name)
             else {
+                current_known(facts)?;
                 let path: Vec<&str> = path.iter().map(|snapshot| snapshot.name.as_str()).collect();
                 return Err(Fault::new(
                 Reason::SnapshotBranches,
@@ -88,6 +90,7 @@ fn merge(commit: &Commit, facts: &Facts, draft: &mut Draft) -> Result<(), Fault>
             path[..=at].to_vec()
         };
     if drop.is_empty() {
+        current_known(facts)?;
         draft.decide("merge", "nothing", "the VM has no snapshots");
         return Ok(());
     }
@@ -139,4 +142,29 @@ fn merge(commit: &Commit, facts: &Facts, draft: &mut Draft) -> Result<(), Fault>
         draft.decide("way", "delete", "internal snapshots hold no chain to merge");
     }
     delete::in_order(&drop, "committed", commit.bandwidth, facts, draft)
+}
+
+/// Refuses where libvirt takes another snapshot for the current one than that on
+/// which the present images lie, or none: what would be merged is not known then.
+fn current_known(facts: &Facts) -> Result<(), Fault> {
+    let help = match (lineage::to_make_current(facts), facts.current()) {
+        (Some(help), _) => help,
+        (None, None) if facts.snapshots.iter().any(|one| one.kind == Kind::External) => format!(
+            "make the one on which it stands the current one with 'virsh snapshot-current {} NAME'",
+            facts.vm.name
+        ),
+        (None, _) => return Ok(()),
+    };
+    let current = match facts.current() {
+        Some(current) => format!("takes '{}' for the snapshot", current.name),
+        None => "does not know the snapshot".to_owned(),
+    };
+    Err(Fault::new(
+        Reason::CurrentUnknown,
+        format!(
+            "libvirt {current} that the present state of VM '{}' stands on, so that nothing can be \
+             merged; {help}",
+            facts.vm.name
+        ),
+    ))
 }

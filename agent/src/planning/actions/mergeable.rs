@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::planning::{
     facts::{Disk, Facts, Health, Kind, Snapshot, SnapshotDisk, VmState, folder_of},
-    names,
+    lineage, names,
     reason::{Fault, Reason},
     tree,
 };
@@ -150,6 +150,7 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
             "this host's libvirt cannot delete external snapshots; 9.0 or newer can".to_owned(),
         ));
     }
+    off_path_indeed(snapshot, facts)?;
     if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
         return Err(in_the_way(
             snapshot,
@@ -262,6 +263,61 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
         }
     }
     Ok(())
+}
+
+/// Refuses a snapshot from which the present state does not descend by libvirt's
+/// tree, and does by the images, as where snapshots were defined again without
+/// `--current` or with that of another one. libvirt (11.3) believes its tree: it
+/// merges nothing, takes the snapshot off its list, and deletes the image that
+/// holds its data where another snapshot made that.
+fn off_path_indeed(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if tree::is_on_active_path(facts, &snapshot.name) {
+        return Ok(());
+    }
+    let in_use = covered(snapshot).find_map(|disk| {
+        let vm = facts.vm.disks.iter().filter(|vm| vm.writable());
+        let mut chains = vm.flat_map(|vm| &vm.chain);
+        let held =
+            |path: &String| Some(path) == disk.data.as_ref() || Some(path) == disk.overlay.as_ref();
+        chains.find(|image| held(&image.path))
+    });
+    let Some(image) = in_use else {
+        return Ok(());
+    };
+    // Its own overlay may be what another one is made of, which has to go before.
+    let above = facts.snapshots.iter().find(|other| {
+        other.name != snapshot.name
+            && covered(other)
+                .any(|of| of.data.is_some() && covered(snapshot).any(|own| own.overlay == of.data))
+    });
+    let (help, order) = match (lineage::to_make_current(facts), above) {
+        (Some(help), _) => (help, None),
+        (None, Some(above)) => (format!("delete '{}' first", above.name), Some(&above.name)),
+        (None, None) => (
+            "commit what stands on it first, or copy the disk into one image while the VM is off \
+             (qemu-img convert)"
+                .to_owned(),
+            None,
+        ),
+    };
+    let current = match facts.current() {
+        Some(current) => format!("takes '{}' for the current snapshot", current.name),
+        None => "knows no current snapshot".to_owned(),
+    };
+    let fault = Fault::new(
+        Reason::CurrentUnknown,
+        format!(
+            "libvirt {current} of VM '{}', and would delete '{}' as one beside the present state, \
+             whose chain has '{}', an image of it: data would be lost; {help}",
+            facts.vm.name, snapshot.name, image.path
+        ),
+    )
+    .with("snapshot", &snapshot.name)
+    .with("path", &image.path);
+    Err(match order {
+        Some(order) => fault.with("order", order),
+        None => fault,
+    })
 }
 
 /// After a revert a drive runs on an overlay of its medium, which libvirt merges
