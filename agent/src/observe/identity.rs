@@ -12,9 +12,14 @@ use std::{
 use crate::planning::facts::FileUser;
 
 /// Device and inode: what tells files apart.
-type Identity = (u64, u64);
+pub(super) type Identity = (u64, u64);
 
-fn identity(path: &str) -> Option<Identity> {
+/// Whether two paths are of one file. Reads the file system.
+pub(super) fn same(one: &str, other: &str) -> bool {
+    one == other || identity(one).is_some_and(|one| identity(other) == Some(one))
+}
+
+pub(super) fn identity(path: &str) -> Option<Identity> {
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }

@@ -231,9 +231,9 @@ impl Observer {
     /// When there is no such VM, or libvirt or the journal does not answer.
     pub async fn facts(&self, request: &Request) -> Result<Facts, Fault> {
         let (_, host) = self.host().await?;
-        let vm = self.named_vm(&request.vm).await?;
+        let mut vm = self.named_vm(&request.vm).await?;
         let now = Timestamp::now();
-        let snapshots = self.snapshots(&vm).await?;
+        let snapshots = self.snapshots(&mut vm).await?;
         let mut storage = self.storage(&request.pool).await?;
         let folders = self.folders(&vm, &snapshots, &storage).await;
         let guard = self.journal.open_guard(&vm.uuid).await?;

@@ -7,7 +7,7 @@ use vmsnap_hypervisor::{
     DiskSource, SnapshotDiskInfo, SnapshotInfo, SnapshotMemoryInfo, SnapshotMode, Xml, image,
 };
 
-use super::{Observer, Reading, each, vm};
+use super::{Observer, Reading, each, identity, vm};
 use crate::{
     journal::BegunMerge,
     planning::{
@@ -76,7 +76,7 @@ impl Observer {
         for disk in &definition.disks {
             disks.push(vm::disk(disk).await);
         }
-        self.as_facts(name, uuid, &disks, &listed).await
+        self.as_facts(name, uuid, &mut disks, &listed).await
     }
 
     /// libvirt's list of a VM's snapshots.
@@ -91,20 +91,22 @@ impl Observer {
         })
     }
 
-    /// Snapshots of a VM, parents before children.
+    /// Snapshots of a VM, parents before children. Notes by which other paths they
+    /// know its active images.
     ///
     /// # Errors
     /// When libvirt or the journal does not answer.
-    pub async fn snapshots(&self, vm: &Vm) -> Result<Vec<Snapshot>, Fault> {
+    pub async fn snapshots(&self, vm: &mut Vm) -> Result<Vec<Snapshot>, Fault> {
         let listed = self.listed(&vm.name, Reading::Fresh).await?;
-        self.as_facts(&vm.name, &vm.uuid, &vm.disks, &listed).await
+        self.as_facts(&vm.name, &vm.uuid, &mut vm.disks, &listed)
+            .await
     }
 
     async fn as_facts(
         &self,
         name: &str,
         uuid: &str,
-        active: &[Disk],
+        active: &mut [Disk],
         listed: &[SnapshotInfo],
     ) -> Result<Vec<Snapshot>, Fault> {
         if listed.is_empty() {
@@ -132,6 +134,10 @@ impl Observer {
             .collect();
         let guard = self.journal.open_guard(uuid).await?;
         let files = look(active, listed, &records).await;
+        for disk in active.iter_mut() {
+            disk.also = files.other_names(&disk.path).await;
+        }
+        let active = &*active;
         let mut all: Vec<Snapshot> = listed
             .iter()
             .map(|info| fact(info, records.get(&info.name), active))
@@ -212,7 +218,13 @@ impl Observer {
             .filter(|disk| !disk.only_read())
             .find_map(|disk| {
                 let path = disk.path?;
-                let snapshot = held_by(&all, &disk.target, &path)?.name.clone();
+                let held = held_by(&all, &path).or_else(|| {
+                    let mut data = all.iter().flat_map(|one| &one.disks);
+                    let same = |data: &&String| identity::same(data, &path);
+                    let data = data.find_map(|disk| disk.data.as_ref().filter(same))?;
+                    held_by(&all, data)
+                });
+                let snapshot = held?.name.clone();
                 Some((disk.target, path, snapshot))
             }))
     }
@@ -271,6 +283,8 @@ async fn look(
                 looked
                     .sizes
                     .insert(path.to_owned(), metadata.blocks() * 512);
+                let identity = (metadata.dev(), metadata.ino());
+                looked.others.push((identity, path.to_owned()));
                 if internal && let Ok(image) = image::info(path.as_ref(), format).await {
                     let (numbers, names) = image
                         .snapshots
@@ -331,9 +345,22 @@ struct Looked {
     missing: BTreeSet<String>,
     below: BTreeMap<String, Vec<String>>,
     broken: BTreeMap<String, String>,
+    /// Files that are not in the VM's chains by their paths, and which they are.
+    others: Vec<(identity::Identity, String)>,
 }
 
 impl Looked {
+    /// Other paths by which snapshots know a file.
+    async fn other_names(&self, path: &str) -> Vec<String> {
+        use std::os::unix::fs::MetadataExt as _;
+        let Ok(metadata) = tokio::fs::metadata(path).await else {
+            return Vec::new();
+        };
+        let own = (metadata.dev(), metadata.ino());
+        let same = self.others.iter().filter(|(of, _)| *of == own);
+        same.map(|(_, path)| path.clone()).collect()
+    }
+
     /// Another internal snapshot, in an image of this one, whose number is this
     /// one's name.
     fn mistaken_for(&self, snapshot: &Snapshot) -> Option<String> {

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use vmsnap_hypervisor::{DiskSource, DomainDefinition, DomainState, FreezeStatus, Xml, image};
 
-use super::Observer;
+use super::{Observer, identity};
 use crate::planning::{
     Fault,
     facts::{
@@ -168,6 +168,7 @@ pub(super) async fn disk(disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
         transient: disk.transient,
         virtual_size: chain.first().map_or(0, |image| image.virtual_size),
         path,
+        also: Vec::new(),
         chain,
         chain_problem,
         merging_into: disk
@@ -268,7 +269,8 @@ fn differing(
                 .find(|other| other.target == disk.target)?
                 .path
                 .as_ref()?;
-            (used != defined).then(|| (disk.target.clone(), defined.clone(), used.clone()))
+            (used != defined && !identity::same(used, defined))
+                .then(|| (disk.target.clone(), defined.clone(), used.clone()))
         })
         .collect()
 }

@@ -274,6 +274,10 @@ pub struct Disk {
     pub source: Source,
     /// Path of the active image, or what names the source.
     pub path: String,
+    /// Other paths of the active image by which a snapshot knows it: through a link,
+    /// or a second name.
+    #[serde(default)]
+    pub also: Vec<String>,
     /// Format of the active image.
     pub format: String,
     /// Cannot be written by the guest.
@@ -304,6 +308,12 @@ impl Disk {
     #[must_use]
     pub fn only_read(&self) -> bool {
         self.readonly || self.device == "cdrom"
+    }
+
+    /// Whether a path is that of the active image, by whatever name.
+    #[must_use]
+    pub fn lies_on(&self, path: &str) -> bool {
+        self.path == path || self.also.iter().any(|also| also == path)
     }
 }
 
@@ -661,7 +671,28 @@ impl Facts {
         let off = self.vm.state == VmState::Stopped;
         self.writable_disks()
             .filter(move |_| off)
-            .filter_map(|disk| Some((disk, held_by(&self.snapshots, &disk.target, &disk.path)?)))
+            .filter_map(|disk| {
+                let mut paths = std::iter::once(&disk.path).chain(&disk.also);
+                let held = paths.find_map(|path| held_by(&self.snapshots, path))?;
+                Some((disk, held))
+            })
+    }
+
+    /// The same of a VM that is on: disks of its next start under targets that it does
+    /// not have now. Another image under the same target is among what differs.
+    pub fn frozen_at_next_start(&self) -> impl Iterator<Item = (&DefinedDisk, &Snapshot)> {
+        let on = self.vm.state != VmState::Stopped;
+        self.vm
+            .definition
+            .disks
+            .iter()
+            .filter(move |disk| on && !disk.only_read())
+            .filter_map(|disk| {
+                let path = disk.path.as_deref()?;
+                let known = self.vm.disks.iter().any(|now| now.target == disk.target);
+                let held = held_by(&self.snapshots, path).filter(|_| !known)?;
+                Some((disk, held))
+            })
     }
 
     /// VMs other than this one that refer to a file.
@@ -677,13 +708,12 @@ impl Facts {
 }
 
 /// The external snapshot whose data of a disk lies in an image, which therefore
-/// has to stand still.
+/// has to stand still, under whatever target somebody attaches it.
 #[must_use]
-pub fn held_by<'a>(snapshots: &'a [Snapshot], target: &str, image: &str) -> Option<&'a Snapshot> {
+pub fn held_by<'a>(snapshots: &'a [Snapshot], image: &str) -> Option<&'a Snapshot> {
     snapshots.iter().find(|snapshot| {
         snapshot.disks.iter().any(|disk| {
-            disk.target == target
-                && matches!(disk.kind, Some(Kind::External | Kind::Mixed))
+            matches!(disk.kind, Some(Kind::External | Kind::Mixed))
                 && disk.data.as_deref() == Some(image)
         })
     })

@@ -58,7 +58,11 @@ pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'
         let known = Known {
             target,
             all,
-            disk: disks.iter().find(|disk| disk.target == target),
+            // Under another target by now, the disk is known by its images.
+            disk: disks
+                .iter()
+                .find(|disk| !disk.only_read() && has(disk, data))
+                .or_else(|| disks.iter().find(|disk| disk.target == target)),
             files,
         };
         match covered.kind {
@@ -122,6 +126,11 @@ pub fn of(snapshot: &Snapshot, all: &[Snapshot], disks: &[Disk], files: &Files<'
         ));
     }
     Health::Whole
+}
+
+/// Whether an image is among those of a disk.
+fn has(disk: &Disk, image: &str) -> bool {
+    disk.lies_on(image) || disk.chain.iter().any(|one| one.path == image)
 }
 
 /// What is known of one disk.
@@ -349,7 +358,7 @@ impl<'a> Known<'a> {
         }
         let target = self.target;
         for (at, image) in chain.iter().enumerate().skip(from) {
-            if self.disk.is_some_and(|disk| disk.path == *image) {
+            if self.disk.is_some_and(|disk| disk.lies_on(image)) {
                 return Some(Health::MergedAway(format!(
                     "disk {target} of the VM lies on '{image}' itself, which should have stood \
                      still"

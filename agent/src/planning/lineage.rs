@@ -133,7 +133,7 @@ fn overlays(snapshot: &Snapshot, facts: &Facts) -> Vec<(String, String)> {
 /// The refusal, when what would be deleted for a disk holds a snapshot's data.
 fn endangered(current: &Snapshot, disk: &Disk, facts: &Facts) -> Option<Fault> {
     let deleted = current.present_overlay(&disk.target)?;
-    let other = held_by(&facts.snapshots, &disk.target, deleted)?;
+    let other = held_by(&facts.snapshots, deleted)?;
     let help =
         to_make_current(facts).unwrap_or_else(|| format!("remove snapshot '{}' first", other.name));
     Some(

@@ -93,6 +93,7 @@ fn quiet() -> Facts {
             firmware: Firmware::default(),
             managed_save: false,
             disks: vec![Disk {
+                also: Vec::new(),
                 target: "vda".into(),
                 bus: "virtio".into(),
                 device: "disk".into(),

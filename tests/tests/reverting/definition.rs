@@ -156,6 +156,72 @@ fn a_definition_that_names_a_base_stops_everything_that_would_start_or_merge_on_
 }
 
 #[test]
+fn a_frozen_base_is_known_under_another_target_and_through_a_link() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    for way in ["target", "link"] {
+        let domain = lab.blank(&BlankSpec::default())?;
+        let name = domain.name.as_str();
+        let xml = domain.virsh("dumpxml", &["--inactive"])?;
+        let base = domain.disk("vda")?;
+        point(&agent, &domain, "one", 1, &[])?;
+        put(&domain, 2)?;
+        let overlay = domain.disk("vda")?;
+        let frozen = Frozen::of(&domain, &["one"])?;
+        let link = lab.folder.join(format!("{name}.link"));
+        let again = match way {
+            "target" => xml.replace("dev='vda'", "dev='vdb'"),
+            _ => {
+                std::os::unix::fs::symlink(domain.folder(), &link)?;
+                let file = Path::new(&base).file_name().context("a file")?;
+                xml.replace(&base, &link.join(file).display().to_string())
+            }
+        };
+        let path = lab.folder.join(format!("{name}.again.xml"));
+        let define = |xml: &str| {
+            lab.write(&path, xml)?;
+            lab.virsh(["define".as_ref(), path.as_os_str()])
+        };
+        define(&again)?;
+        for state in ["running", "shut off"] {
+            for words in [
+                &["create", name, "two", "--start-if-stopped"] as &[&str],
+                &["commit", name, "--all"],
+                &["revert", name, "one", "--start-if-stopped"],
+            ] {
+                let refused = agent.vmsnap(words)?;
+                let failure = refused.failure()?;
+                let reason = &failure["reason"];
+                assert_eq!(reason, "DEFINITION_DIFFERS", "{way}, {state}, {words:?}");
+                assert_eq!(domain.state()?, state);
+            }
+            if state == "running" {
+                domain.virsh("destroy", &[])?;
+            }
+        }
+        // As it is defined, the image of the snapshot is the one that is written.
+        assert_eq!(agent.healths(name)?["one"], "merged_away", "{way}");
+        frozen.stand_still()?;
+        define(&xml.replace(&base, &overlay))?;
+        assert_eq!(agent.healths(name)?["one"], "whole", "{way}");
+        assert!(has(&domain, 2)?);
+        if way == "link" {
+            // The same overlay by another path is no other image.
+            domain.virsh("start", &[])?;
+            let file = Path::new(&overlay).file_name().context("a file")?;
+            define(&xml.replace(&base, &link.join(file).display().to_string()))?;
+        }
+        agent.vmsnap(&["cleanup", name, "one"])?.result()?;
+        assert!(has(&domain, 2)?);
+        fs::remove_file(&path)?;
+        if way == "link" {
+            fs::remove_file(link)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn saved_flash_brings_the_uefi_variables_back_also_when_the_guest_never_runs_again() -> Result<()> {
     let lab = Lab::from_env()?;
     let agent = lab.agent("")?;

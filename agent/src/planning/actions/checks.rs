@@ -45,6 +45,21 @@ pub fn definition_agrees(facts: &Facts) -> Result<(), Fault> {
         .with("defined", defined)
         .with("in_use", used));
     }
+    if let Some((disk, snapshot)) = facts.frozen_at_next_start().next() {
+        let path = disk.path.as_deref().unwrap_or_default();
+        return Err(Fault::new(
+            Reason::DefinitionDiffers,
+            format!(
+                "disk {} of VM '{vm}' is defined as '{path}', in which the data of snapshot '{}' \
+                 lies: its next start would write into that restore point, and leave out what was \
+                 written since; define it with the image in use first",
+                disk.target, snapshot.name
+            ),
+        )
+        .with("disk", &disk.target)
+        .with("defined", path)
+        .with("snapshot", &snapshot.name));
+    }
     let Some((disk, snapshot)) = facts.frozen_images().next() else {
         return Ok(());
     };

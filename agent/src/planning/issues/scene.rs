@@ -233,7 +233,19 @@ fn redefined(facts: &Facts) -> String {
             disk.target, disk.path, snapshot.name
         )
     });
-    differing.chain(frozen).collect::<Vec<_>>().join(", ")
+    let next = facts.frozen_at_next_start().map(|(disk, snapshot)| {
+        format!(
+            "{} is defined as '{}', where the data of snapshot {} lies",
+            disk.target,
+            disk.path.as_deref().unwrap_or_default(),
+            snapshot.name
+        )
+    });
+    differing
+        .chain(frozen)
+        .chain(next)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn vm(facts: &Facts) -> Properties {
