@@ -186,3 +186,54 @@ fn a_commit_of_all_drops_nothing_protected_and_nothing_foreign_that_was_not_name
     fs::remove_file(gold)?;
     Ok(())
 }
+
+#[test]
+fn a_snapshot_with_a_disk_that_was_detached_since_goes_once_the_disk_is_attached_again()
+-> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let two_disks = BlankSpec {
+        disks: vec![("vdb".into(), "qcow2".into(), false)],
+        stopped: true,
+        ..BlankSpec::default()
+    };
+    // Beside the present state nothing is merged, and nothing needs the disk.
+    let beside = lab.blank(&two_disks)?;
+    let name = beside.name.as_str();
+    chain_of(&agent, &beside, 2)?;
+    agent.vmsnap(&["revert", name, "e1"])?.result()?;
+    beside.virsh("detach-disk", &["vdb", "--config"])?;
+    agent.vmsnap(&["cleanup", name, "e2"])?.result()?;
+    assert_eq!(beside.snapshots()?, ["e1"]);
+
+    let domain = lab.blank(&two_disks)?;
+    let name = domain.name.as_str();
+    chain_of(&agent, &domain, 2)?;
+    domain.write_pattern("vdb", 7, 0, 4096)?;
+    let overlay = domain.disk("vdb")?;
+    domain.virsh("detach-disk", &["vdb", "--config"])?;
+    for state in ["shut off", "paused"] {
+        if state == "paused" {
+            domain.virsh("start", &["--paused"])?;
+        }
+        for words in [["cleanup", name, "e2"], ["commit", name, "--all"]] {
+            let failure = refused(&agent, &domain, &words)?;
+            assert_eq!(reason(&failure), "DISK_UNKNOWN", "{state}, {words:?}");
+            assert_eq!(failure["metadata"]["disk"], "vdb");
+            assert_eq!(failure["metadata"]["path"], overlay.as_str());
+        }
+        // A policy goes on with what it can do, and says what stays.
+        let policy = agent.vmsnap(&["cleanup", name, "--older-than", "1ms"])?;
+        assert_eq!(policy.result()?["changed"], false);
+        assert_eq!(domain.snapshots()?, ["e1", "e2"]);
+    }
+    // As the message says.
+    let words = [&overlay, "vdb", "--subdriver", "qcow2", "--persistent"];
+    domain.virsh("attach-disk", &words)?;
+    agent.vmsnap(&["commit", name, "--all"])?.result()?;
+    assert_eq!(domain.snapshots()?, NONE);
+    holds(&domain, &[1, 2])?;
+    assert!(domain.has_pattern("vdb", 7, 0, 4096)?);
+    assert_eq!(domain.files()?.len(), 2, "{:?}", domain.files()?);
+    Ok(())
+}

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::planning::{
     facts::{Disk, Facts, Health, Kind, Snapshot, SnapshotDisk, VmState, folder_of},
-    lineage, names,
+    files, lineage, names,
     reason::{Fault, Reason},
     tree,
 };
@@ -151,6 +151,7 @@ pub fn check(snapshot: &Snapshot, children: &[&Snapshot], facts: &Facts) -> Resu
         ));
     }
     off_path_indeed(snapshot, facts)?;
+    all_attached(snapshot, facts)?;
     if !children.is_empty() && !tree::is_on_active_path(facts, &snapshot.name) {
         return Err(in_the_way(
             snapshot,
@@ -316,6 +317,49 @@ fn off_path_indeed(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
     .with("path", &image.path);
     Err(match order {
         Some(order) => fault.with("order", order),
+        None => fault,
+    })
+}
+
+/// libvirt looks in the VM for each disk that is to be merged, and deletes nothing
+/// where one was detached since. Beside the present state it merges nothing.
+fn all_attached(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
+    if !tree::is_on_active_path(facts, &snapshot.name) {
+        return Ok(());
+    }
+    let attached = |target: &str| facts.vm.disks.iter().any(|vm| vm.target == target);
+    let Some(gone) = covered(snapshot).find(|disk| !attached(&disk.target)) else {
+        return Ok(());
+    };
+    let (vm, target, name) = (&facts.vm.name, &gone.target, &snapshot.name);
+    // Where the disk's newest data lies, as far as snapshots know.
+    let newest = tree::active_path(facts)
+        .into_iter()
+        .find_map(|one| one.present_overlay(target))
+        .or(gone.overlay.as_deref())
+        .filter(|path| files::exists(facts, path) != Some(false));
+    let help = match newest {
+        Some(path) => format!(
+            "attach it again for that with 'virsh attach-disk {vm} {path} {target} --subdriver \
+             qcow2 --persistent', and detach it afterwards"
+        ),
+        None => format!(
+            "its overlay is not there any more: bring it back and attach it, or take the snapshot \
+             off libvirt's list with 'virsh snapshot-delete {vm} {name} --metadata', which merges \
+             nothing"
+        ),
+    };
+    let fault = Fault::new(
+        Reason::DiskUnknown,
+        format!(
+            "snapshot '{name}' covers disk {target}, which VM '{vm}' does not have any more, and \
+             libvirt deletes it only where all its disks are attached; {help}"
+        ),
+    )
+    .with("snapshot", name)
+    .with("disk", target);
+    Err(match newest {
+        Some(path) => fault.with("path", path),
         None => fault,
     })
 }
