@@ -27,7 +27,8 @@ use crate::{
     planning::{
         Fault, Reason, Request,
         facts::{
-            Facts, Folder, Host, Memory, Pool, Snapshot, Storage, Vm, VmState, Volume, folder_of,
+            Facts, Folder, Host, Kind, Memory, Pool, Snapshot, Storage, Vm, VmState, Volume,
+            folder_of,
         },
         names,
         request::{Action, IfExists, Orphans},
@@ -237,7 +238,7 @@ impl Observer {
         let mut storage = self.storage(&request.pool).await?;
         let folders = self.folders(&vm, &snapshots, &storage).await;
         let guard = self.journal.open_guard(&vm.uuid).await?;
-        let users = match needs_users(&request.action) {
+        let users = match needs_users(&request.action, &snapshots, &host) {
             Some(reading) => {
                 let looked_up = looked_up(&request.action, &vm, &snapshots, &storage, &folders);
                 Some(self.users_of_files(looked_up, reading).await?)
@@ -595,7 +596,7 @@ fn looked_up(
 }
 
 /// Whether a plan of this action may write or delete files that others use.
-fn needs_users(action: &Action) -> Option<Reading> {
+fn needs_users(action: &Action, snapshots: &[Snapshot], host: &Host) -> Option<Reading> {
     let needed = match action {
         Action::Commit(commit) => {
             commit.all || !commit.name.is_empty() || commit.resize_to.is_some()
@@ -603,7 +604,17 @@ fn needs_users(action: &Action) -> Option<Reading> {
         Action::Cleanup(_) => true,
         // A list tells who uses each volume, and decides nothing.
         Action::List(_) => return Some(Reading::Known),
-        Action::Create(create) => create.if_exists == IfExists::Replace,
+        Action::Create(create) if create.if_exists == IfExists::Replace => true,
+        // An internal one in an image of others could neither go nor be gone back to.
+        Action::Create(create) => {
+            let internal = match create.kind {
+                Some(kind) => kind == Kind::Internal,
+                None => {
+                    !host.reverts_external() || snapshots.iter().any(|it| it.kind == Kind::Internal)
+                }
+            };
+            return internal.then_some(Reading::Known);
+        }
         // It writes into the image of an internal snapshot, and libvirt removes
         // the present overlay for an external one.
         Action::Revert(_) => true,

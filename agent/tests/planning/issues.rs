@@ -573,6 +573,16 @@ fn a_sound_vm_is_warned_of_no_known_issue_whatever_is_done() {
 }
 
 #[test]
+fn network_storage_is_warned_of_before_a_snapshot_of_either_kind() {
+    let facts = with(running(), |facts| {
+        facts.folders.get_mut(FOLDER).unwrap().network = true;
+    });
+    for action in [internal(), external()] {
+        assert!(has(&warned(&action, &facts), "NETWORK_STORAGE"));
+    }
+}
+
+#[test]
 fn a_demand_for_a_crash_consistent_snapshot_needs_no_word_about_the_agent() {
     let facts = with(running(), |facts| facts.vm.agent.responding = false);
     let action = Action::Create(Create {

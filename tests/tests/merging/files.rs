@@ -7,8 +7,8 @@ use anyhow::{Result, ensure};
 use vmsnap_tests::{BlankSpec, Domain, Lab, command};
 
 use super::{
-    chain_of, files_judged, healths, holds, names, reason, refused, seen, still, virsh_external,
-    write,
+    NONE, chain_of, files_judged, healths, holds, names, reason, refused, seen, still,
+    virsh_external, write,
 };
 
 /// Marks a file so that nobody can write it, not even root.
@@ -25,6 +25,38 @@ impl Drop for Immutable<'_> {
     fn drop(&mut self) {
         let _ = command::succeed(&mut command::privileged(["chattr", "-i", self.0]));
     }
+}
+
+#[test]
+fn no_internal_snapshot_is_made_in_an_image_on_which_a_clone_stands() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let stopped = || BlankSpec {
+        stopped: true,
+        ..BlankSpec::default()
+    };
+    let gold = lab.blank(&stopped())?;
+    let disk = gold.disk("vda")?;
+    let clone = lab.blank(&BlankSpec {
+        backing: Some(disk.clone()),
+        ..stopped()
+    })?;
+    let name = gold.name.as_str();
+    // It could neither be reverted to nor deleted: both write into the clone's base.
+    let failure = refused(&agent, &gold, &["create", name, "s", "--kind", "internal"])?;
+    assert_eq!(reason(&failure), "FILE_SHARED");
+    assert_eq!(names(&failure, "users"), [clone.name.as_str()]);
+    assert_eq!(failure["metadata"]["path"], disk.as_str());
+    // An external one leaves the image alone, and so does one in the clone's own.
+    agent.vmsnap(&["create", name, "s"])?.result()?;
+    agent.vmsnap(&["revert", name, "s"])?.result()?;
+    let name = clone.name.as_str();
+    let words = ["create", name, "s", "--kind", "internal"];
+    agent.vmsnap(&words)?.result()?;
+    agent.vmsnap(&["revert", name, "s"])?.result()?;
+    agent.vmsnap(&["cleanup", name, "s"])?.result()?;
+    assert_eq!(clone.snapshots()?, NONE);
+    Ok(())
 }
 
 #[test]

@@ -7,12 +7,13 @@
 //! | the one | the other | any | refused: kinds are never mixed |
 //! | both | any | any | refused: they are mixed already |
 //! | none | auto | any | external where this libvirt reverts and deletes it, else internal |
-//! | none | internal | any | internal if every writable disk is qcow2 and none is left out |
+//! | none | internal | any | internal if every writable disk is qcow2, none is left out and no other VM uses their images |
 //! | none | external | any | external if this libvirt reverts and deletes it |
 //!
 //! Invariant: what this module allows, this host can revert to and delete.
 
 use crate::planning::{
+    actions::checks,
     facts::{Disk, Facts, Firmware, Kind, Snapshot, Source, VmState},
     files, names,
     plan::Draft,
@@ -270,6 +271,23 @@ pub fn internal_name(name: &str, facts: &Facts) -> Result<(), Fault> {
     }
 }
 
+/// Refuses an internal snapshot in an image in which other VMs read: whoever goes
+/// back to it, or deletes it, writes there.
+fn nobody_elses(disk: &Disk, facts: &Facts) -> Result<(), Fault> {
+    checks::not_used(facts, [disk.path.as_str()]).map_err(|fault| {
+        let message = format!(
+            "an internal snapshot of disk {} of VM '{}' could neither be reverted to nor deleted, \
+             because other VMs use its image '{}': {}; use kind external, which leaves that image \
+             as it is, or copy the disk into an image of its own (qemu-img convert)",
+            disk.target,
+            facts.vm.name,
+            disk.path,
+            fault.metadata.get("users").map_or("", String::as_str)
+        );
+        Fault { message, ..fault }
+    })
+}
+
 fn internal_possible(state: VmState, excluded: &[String], facts: &Facts) -> Result<(), Fault> {
     for disk in facts.writable_disks() {
         if excluded.contains(&disk.target) {
@@ -299,6 +317,7 @@ fn internal_possible(state: VmState, excluded: &[String], facts: &Facts) -> Resu
             .with("disk", &disk.target)
             .with("format", &disk.format));
         }
+        nobody_elses(disk, facts)?;
     }
     let Firmware {
         uefi: true,
