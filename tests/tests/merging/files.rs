@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use vmsnap_tests::{BlankSpec, Domain, Lab, command};
 
 use super::{
@@ -25,6 +25,43 @@ impl Drop for Immutable<'_> {
     fn drop(&mut self) {
         let _ = command::succeed(&mut command::privileged(["chattr", "-i", self.0]));
     }
+}
+
+#[test]
+fn a_clone_that_comes_while_a_run_is_at_work_is_not_merged_into() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let domain = still(&lab, BlankSpec::default())?;
+    let name = domain.name.as_str();
+    let base = domain.disk("vda")?;
+    chain_of(&agent, &domain, 2)?;
+    for number in 3..6 {
+        write(&domain, number)?;
+    }
+    // The first merge is slow, and somebody makes a clone of the base meanwhile.
+    let mut clone = None;
+    let run = agent.vmsnap_seen(&["commit", name, "--all", "--bandwidth", "2M"], |event| {
+        if event["event"] == "step_started" && clone.is_none() {
+            clone = Some(lab.blank(&BlankSpec {
+                backing: Some(base.clone()),
+                stopped: true,
+                ..BlankSpec::default()
+            }));
+        }
+    })?;
+    let clone = clone.context("a step")??;
+    let failure = run.failure()?;
+    assert_eq!(reason(failure), "FILE_SHARED");
+    assert_eq!(names(failure, "users"), [clone.name.as_str()]);
+    assert_eq!(failure["metadata"]["path"], base.as_str());
+    // What was merged before is merged, and the clone reads what it read.
+    assert_eq!(domain.snapshots()?, ["e1"]);
+    healths(&agent, &domain, &[("e1", "whole")])?;
+    holds(&domain, &[1, 2, 3, 4, 5])?;
+    holds(&clone, &[])?;
+    drop(clone);
+    agent.vmsnap(&["commit", name, "--all"])?.result()?;
+    holds(&domain, &[1, 2, 3, 4, 5])
 }
 
 #[test]
