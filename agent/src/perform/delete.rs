@@ -17,19 +17,14 @@ use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{DeleteFlags, DomainState, image};
 
 use super::Performer;
-use crate::{
-    observe::Reading,
-    planning::{
-        Done, Fault, Reason,
-        facts::{Kind, VmState, folder_of},
-        files, tree,
-    },
+use crate::planning::{
+    Done, Fault, Reason,
+    facts::{Kind, VmState, folder_of},
+    files, tree,
 };
 
 /// How often progress of a merge is read.
 const POLL: Duration = Duration::from_millis(250);
-/// How old a plan may be before others are looked for again.
-const STALE: Duration = Duration::from_secs(1);
 /// How soon a merge is looked for: it may be over soon.
 const FIRST: Duration = Duration::from_millis(15);
 
@@ -60,7 +55,7 @@ impl Performer {
         } else {
             self.note_lower(name, merge.disks).await?
         };
-        let mut merging = match self.came_into_use(&merge, &lower).await {
+        let mut merging = match self.still_alone(&merge, &lower).await {
             Ok(()) => self.merge(index, &merge, &lower, cancel).await,
             Err(fault) => Err(fault),
         };
@@ -126,55 +121,21 @@ impl Performer {
         }
     }
 
-    /// Looks again at who uses what is about to be written or removed, where steps
-    /// before took their time since the plan was made.
-    async fn came_into_use(&self, merge: &Merge<'_>, lower: &[Lower<'_>]) -> Result<(), Fault> {
-        let Some(facts) = self.facts.as_ref().filter(|_| !merge.metadata_only) else {
-            return Ok(());
-        };
-        let age = jiff::Timestamp::now().duration_since(facts.now);
-        if Duration::try_from(age).is_ok_and(|age| age < STALE) {
+    /// Whether somebody came to use what is about to be merged into or removed.
+    async fn still_alone(&self, merge: &Merge<'_>, lower: &[Lower<'_>]) -> Result<(), Fault> {
+        if merge.metadata_only {
             return Ok(());
         }
-        let inside = facts
-            .snapshot(merge.name)
-            .into_iter()
+        let inside = self
+            .facts
+            .iter()
+            .filter_map(|facts| facts.snapshot(merge.name))
             .flat_map(|snapshot| &snapshot.disks)
             .filter(|disk| disk.kind == Some(Kind::Internal))
             .filter_map(|disk| disk.data.as_ref());
-        let paths: Vec<String> = lower
-            .iter()
-            .map(|lower| &lower.path)
-            .chain(inside)
-            .chain(merge.files)
-            .cloned()
-            .collect();
-        let users = self
-            .observer
-            .users_of_files(paths.clone(), Reading::Known)
-            .await?;
-        for path in paths {
-            let others: Vec<&str> = users
-                .get(&path)
-                .into_iter()
-                .flatten()
-                .map(|user| user.vm.as_str())
-                .filter(|vm| *vm != self.vm())
-                .collect();
-            if !others.is_empty() {
-                return Err(Fault::new(
-                    Reason::FileShared,
-                    format!(
-                        "'{path}' came into use by {} since the plan was made; snapshot '{}' stays",
-                        others.join(", "),
-                        merge.name
-                    ),
-                )
-                .with("path", path)
-                .with("users", others.join(",")));
-            }
-        }
-        Ok(())
+        let lower = lower.iter().map(|lower| &lower.path);
+        let paths = lower.chain(inside).chain(merge.files).cloned();
+        self.came_into_use(paths.collect()).await
     }
 
     /// After a memory capture of a paused guest that somebody else made, QEMU's

@@ -20,6 +20,7 @@ use crate::{
     faults::sentence,
     planning::{
         Done, Fault, Reason,
+        actions::revert as planned,
         facts::{Kind, Memory, Snapshot, folder_of},
         health::WITHOUT_MEMORY,
         lineage,
@@ -151,6 +152,7 @@ impl Performer {
         let snapshot = self.snapshot(name)?;
         // The whole file was read by a step before; other steps may have taken long.
         checks::memory(&snapshot, false).await?;
+        self.still_alone_above(&snapshot).await?;
         if snapshot.kind != Kind::Internal {
             self.pace(&snapshot).await?;
         }
@@ -179,6 +181,16 @@ impl Performer {
         }
         self.note_overlays(began).await?;
         Ok(super::plain(""))
+    }
+
+    /// Whether somebody came to use what the revert writes or removes.
+    async fn still_alone_above(&self, snapshot: &Snapshot) -> Result<(), Fault> {
+        let Some(facts) = &self.facts else {
+            return Ok(());
+        };
+        let written = planned::written(snapshot, facts);
+        self.came_into_use(written.into_iter().map(str::to_owned).collect())
+            .await
     }
 
     /// libvirt put a fresh overlay on each disk: that is this run's doing, and

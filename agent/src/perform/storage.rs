@@ -1,9 +1,9 @@
 //! Resizing disks, and deleting volumes and orphans.
 //!
 //! Invariant: right before a file is deleted, everybody's chains are looked at
-//! again.
+//! again; before one is written, where the plan is not fresh any more.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use vmsnap_hypervisor::image;
 
@@ -12,6 +12,9 @@ use crate::{
     observe::{DiskImage, Reading},
     planning::{Done, Fault, Reason},
 };
+
+/// How long after a plan nobody is looked for again.
+const FRESH: Duration = Duration::from_secs(1);
 
 impl Performer {
     pub(super) async fn resize(
@@ -83,6 +86,45 @@ impl Performer {
         }
         self.journal.forget_files(vec![path.to_owned()]).await?;
         Ok(plain(""))
+    }
+
+    /// Refuses what another VM came to use since the plan was made, where that is some
+    /// time ago: steps before may have taken long, and somebody may have made a clone.
+    pub(super) async fn came_into_use(&self, paths: Vec<String>) -> Result<(), Fault> {
+        let Some(facts) = &self.facts else {
+            return Ok(());
+        };
+        let age = jiff::Timestamp::now().duration_since(facts.now);
+        if Duration::try_from(age).is_ok_and(|age| age < FRESH) {
+            return Ok(());
+        }
+        let users = self
+            .observer
+            .users_of_files(paths.clone(), Reading::Known)
+            .await?;
+        for path in paths {
+            let others: BTreeSet<&str> = users
+                .get(&path)
+                .into_iter()
+                .flatten()
+                .map(|user| user.vm.as_str())
+                .filter(|vm| *vm != self.vm())
+                .collect();
+            if !others.is_empty() {
+                let others: Vec<&str> = others.into_iter().collect();
+                return Err(Fault::new(
+                    Reason::FileShared,
+                    format!(
+                        "'{path}' came into use by {} since the plan was made, and is neither \
+                         written nor deleted",
+                        others.join(", ")
+                    ),
+                )
+                .with("path", path)
+                .with("users", others.join(",")));
+            }
+        }
+        Ok(())
     }
 
     async fn nobody_uses(&self, path: &str) -> Result<(), Fault> {

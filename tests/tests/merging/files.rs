@@ -1,10 +1,10 @@
 //! Files that a merge or a clean-up must not write or delete: bases that are
 //! read-only, what other VMs and clones stand on, and what metadata left behind.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use vmsnap_tests::{BlankSpec, Domain, Lab, command};
+use vmsnap_tests::{BlankSpec, Domain, Lab, command, eventually};
 
 use super::{
     NONE, chain_of, files_judged, healths, holds, names, reason, refused, seen, still,
@@ -276,6 +276,54 @@ fn an_overlay_on_which_a_clone_stands_is_not_thrown_away_by_a_revert() -> Result
     assert_eq!(failure["metadata"]["path"], present.as_str());
     assert_eq!(names(&failure, "users"), [clone.name.as_str()]);
     holds(&clone, &[1])
+}
+
+#[test]
+fn an_overlay_on_which_a_clone_comes_to_stand_before_the_revert_is_not_thrown_away() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let mut agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec {
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    agent.vmsnap(&["create", name, "e1"])?.result()?;
+    write(&domain, 1)?;
+    let present = domain.disk("vda")?;
+    // The run stands still between its plan and its first step.
+    agent.stop();
+    let go_on = lab.folder.join(format!("{name}.go-on"));
+    let wait = format!("journal.record=1*return(wait {})->off", go_on.display());
+    agent.set_env("FAILPOINTS", &wait);
+    agent.start()?;
+    let agent = agent;
+    let (run, clone) = std::thread::scope(|scope| -> Result<_> {
+        let run = scope.spawn(|| agent.vmsnap(&["revert", name, "e1"]));
+        eventually(Duration::from_secs(20), "step", || {
+            agent.log().contains("failpoint reached")
+        })?;
+        let clone = lab.blank(&BlankSpec {
+            backing: Some(present.clone()),
+            stopped: true,
+            ..BlankSpec::default()
+        });
+        // A plan that is not a second old is fresh.
+        std::thread::sleep(Duration::from_secs(1));
+        fs::write(&go_on, "")?;
+        let run = run.join().map_err(|_| anyhow::anyhow!("no run"))??;
+        Ok((run, clone?))
+    })?;
+    fs::remove_file(go_on)?;
+    let failure = run.failure()?;
+    assert_eq!(reason(failure), "FILE_SHARED");
+    assert_eq!(failure["metadata"]["path"], present.as_str());
+    assert_eq!(names(failure, "users"), [clone.name.as_str()]);
+    holds(&clone, &[1])?;
+    holds(&domain, &[1])?;
+    assert_eq!(domain.state()?, "shut off");
+    drop(clone);
+    agent.vmsnap(&["revert", name, "e1"])?.result()?;
+    holds(&domain, &[])
 }
 
 /// A file that somebody else made: an image on another one.

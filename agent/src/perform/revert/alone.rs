@@ -24,6 +24,7 @@ impl Performer {
         definition: usize,
         done: &[Option<Done>],
     ) -> Result<Done, Fault> {
+        self.still_alone_above(&self.snapshot(name)?).await?;
         let lost = |what: &str| Fault::new(Reason::Internal, format!("{what} was not kept"));
         let kept = Kept::of(definition, done).ok_or_else(|| lost("the definition"))?;
         let record = kept.record(name).ok_or_else(|| lost("the record"))?;

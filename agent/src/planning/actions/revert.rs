@@ -231,7 +231,8 @@ fn disks_alone(snapshot: &Snapshot, revert: &Revert) -> Result<Option<Vec<String
 
 /// Files that a revert writes or removes: the image that holds an internal
 /// snapshot, the present overlay for an external one.
-fn written<'a>(snapshot: &'a Snapshot, facts: &'a Facts) -> Vec<&'a str> {
+#[must_use]
+pub fn written<'a>(snapshot: &'a Snapshot, facts: &'a Facts) -> Vec<&'a str> {
     let mut paths = Vec::new();
     for disk in snapshot.disks.iter().filter(|disk| disk.kind.is_some()) {
         let data = disk.data.as_deref();
