@@ -136,7 +136,8 @@ pub struct Journal {
     pub keep_days: u32,
     /// The newest runs that stay whatever their age.
     pub keep_runs: u32,
-    /// Entries of the audit trail that stay at most.
+    /// Entries of the audit trail that stay at most, of what was done and of what was
+    /// denied, each by itself.
     pub keep_audit: u32,
     /// MiB of runs from which on the oldest go, however young they are.
     pub max_mib: u32,
@@ -160,7 +161,7 @@ pub struct Limits {
     pub max_runs: u32,
     /// Those of one caller among them.
     pub max_runs_per_peer: u32,
-    /// Connections that may be open at once.
+    /// Connections that may be open at once at each door.
     pub max_connections: u32,
     /// Calls that may wait for their answer at once, streams apart.
     pub max_calls: u32,

@@ -308,12 +308,23 @@ impl Raw {
     }
 }
 
-/// Removes entries of before a time, and all but the newest `keep`.
+/// Removes entries of before a time, and all but the newest `keep` of what was done
+/// and the newest `keep` of what was denied: whoever is denied over and over pushes
+/// out nothing that others did.
 pub fn prune(db: &mut Connection, before: Timestamp, keep: u32) -> Result<u64> {
-    let gone = db.execute(
-        "DELETE FROM audit WHERE time < ?1 OR sequence <= \
-         (SELECT coalesce(max(sequence), 0) FROM audit) - ?2",
-        params![before.as_millisecond(), keep],
+    let transaction = db.transaction()?;
+    let mut gone = transaction.execute(
+        "DELETE FROM audit WHERE time < ?1",
+        params![before.as_millisecond()],
     )?;
+    for is_denial in [false, true] {
+        gone += transaction.execute(
+            "DELETE FROM audit WHERE (result = ?1) = ?2 AND sequence <= \
+             (SELECT sequence FROM audit WHERE (result = ?1) = ?2 \
+             ORDER BY sequence DESC LIMIT 1 OFFSET ?3)",
+            params![AuditResult::Denied.name(), is_denial, keep],
+        )?;
+    }
+    transaction.commit()?;
     Ok(u64::try_from(gone).unwrap_or(0))
 }

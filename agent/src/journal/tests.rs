@@ -601,3 +601,52 @@ async fn a_run_that_changes_writes_its_beginning_and_its_end_into_the_trail_and_
     assert_eq!(left[0].sequence, rows[1].sequence);
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[tokio::test]
+async fn whoever_is_denied_over_and_over_pushes_nothing_out_of_the_trail_that_others_did() {
+    let folder = folder();
+    let journal = Journal::open(&folder.join("journal.db")).unwrap();
+    let entry = |result, note: String| AuditRow {
+        note,
+        ..AuditRow::now(result)
+    };
+    for (result, count) in [
+        (AuditResult::Accepted, 1),
+        (AuditResult::Done, 3),
+        (AuditResult::Denied, 50),
+        (AuditResult::Failed, 2),
+        (AuditResult::Denied, 50),
+    ] {
+        let rows = (0..count).map(|at| entry(result, at.to_string()));
+        journal.audit(rows.collect()).await.unwrap();
+    }
+    assert_eq!(journal.prune_audit(Timestamp::MIN, 5).await.unwrap(), 96);
+    let filter = AuditFilter {
+        limit: 100,
+        ..AuditFilter::default()
+    };
+    let left = journal.audited(filter.clone()).await.unwrap();
+    let told: Vec<_> = left
+        .iter()
+        .map(|row| (row.result, row.note.as_str()))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (AuditResult::Denied, "49"),
+            (AuditResult::Denied, "48"),
+            (AuditResult::Denied, "47"),
+            (AuditResult::Denied, "46"),
+            (AuditResult::Denied, "45"),
+            (AuditResult::Failed, "1"),
+            (AuditResult::Failed, "0"),
+            (AuditResult::Done, "2"),
+            (AuditResult::Done, "1"),
+            (AuditResult::Done, "0"),
+        ]
+    );
+    // Fewer than that stay as they are, and age ends both.
+    assert_eq!(journal.prune_audit(Timestamp::MIN, 6).await.unwrap(), 0);
+    assert_eq!(journal.prune_audit(Timestamp::MAX, 6).await.unwrap(), 10);
+    std::fs::remove_dir_all(folder).unwrap();
+}

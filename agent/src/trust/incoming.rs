@@ -4,7 +4,9 @@
 //! Invariants: a handshake that is slow, or never ends, holds up no other; its
 //! time, and how many there are, of one address and in all, are bounded; one that
 //! fails is denied with the address and the reason, and the other side gets to read
-//! the reason; a listener never ends because of one connection.
+//! the reason; a listener never ends because of one connection. Each listener has
+//! places of its own: whoever crowds one of them, which over the network takes no
+//! certificate, keeps nobody out of another.
 
 use std::{
     collections::HashMap,
@@ -141,20 +143,20 @@ impl AsyncWrite for Connection {
 pub struct Door {
     trust: Arc<Trust>,
     auditor: Auditor,
-    places: Arc<Semaphore>,
+    most: usize,
     handshakes: Arc<Semaphore>,
     addresses: Addresses,
     turned_away: Arc<Mutex<(u64, Option<Instant>)>>,
 }
 
 impl Door {
-    /// For at most so many connections at once.
+    /// For at most so many connections at once of each listener.
     #[must_use]
     pub fn new(trust: Arc<Trust>, auditor: Auditor, most: usize) -> Self {
         Self {
             trust,
             auditor,
-            places: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
+            most: most.min(Semaphore::MAX_PERMITS),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
             addresses: Addresses::default(),
             turned_away: Arc::default(),
@@ -174,6 +176,7 @@ impl Door {
 type Give = mpsc::Sender<io::Result<Connection>>;
 
 async fn accept(listener: Listener, door: Door, give: Give) {
+    let places = Arc::new(Semaphore::new(door.most));
     loop {
         let accepted = async {
             match &listener {
@@ -204,7 +207,7 @@ async fn accept(listener: Listener, door: Door, give: Give) {
                 continue;
             }
         };
-        let Ok(place) = door.places.clone().try_acquire_owned() else {
+        let Ok(place) = places.clone().try_acquire_owned() else {
             door.turn_away(address);
             continue;
         };

@@ -120,6 +120,8 @@ impl From<JournalError> for Fault {
 const LEFT_OPEN: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// How often old runs are looked for when none ends.
 const PRUNE: Duration = Duration::from_secs(3600);
+/// How often the audit trail is shortened: a flood of denials grows it meanwhile.
+const PRUNE_AUDIT: Duration = Duration::from_secs(60);
 /// How long to wait with it after a run: others may end too.
 const PRUNE_AFTER: Duration = Duration::from_secs(1);
 
@@ -720,7 +722,7 @@ impl Workflows {
             if let Err(fault) = self.prune_audit().await {
                 tracing::error!(%fault, "the audit trail cannot be shortened");
             }
-            tokio::time::sleep(Duration::from_secs(600)).await;
+            tokio::time::sleep(PRUNE_AUDIT).await;
         }
     }
 

@@ -262,3 +262,19 @@ async fn what_is_older_than_tls_1_2_is_refused_with_its_alert() {
     let refused = answer(2).await;
     assert_eq!((refused[0], &refused[5..]), (21, &[2, 70][..]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_at_the_networks_door_keeps_nobody_on_the_host_out() {
+    let agent = Agent::start(ROLES, "[limits]\nmax_connections = 8\n");
+    let address = agent.tls();
+    // They need no certificate for this: they only connect.
+    let crowd: Vec<_> = (0..12)
+        .map(|_| TcpStream::connect(&address).unwrap())
+        .collect();
+    agent.says("connections were turned away");
+    for address in [agent.socket(), agent.plain()] {
+        let client = connect(&address, TlsFiles::default()).await.unwrap();
+        assert_eq!(client.vms().await.unwrap().len(), 2, "{address}");
+    }
+    drop(crowd);
+}
