@@ -1,11 +1,12 @@
 //! Certificates, keys, roots and roles, read anew while the agent runs.
 //!
 //! Invariants: files are read each second and when the agent is told to (SIGHUP),
-//! and taken when their content changed; what cannot be used, a key that is not the
+//! and taken when their content changed and is the same a moment later: half a file
+//! may give more rights than a whole one; what cannot be used, a key that is not the
 //! certificate's among it, leaves what was there before in force, is logged once and
-//! counted; a file of roles that vanished is one that cannot be used, because
-//! without roles local callers would have all rights. Streams that are open are told
-//! of new roles ([`Trust::news`]).
+//! counted; a file of roles that vanished, or lost all its entries, is one that cannot
+//! be used where it limits local callers, because without roles these would have all
+//! rights. Streams that are open are told of new roles ([`Trust::news`]).
 
 use std::{
     path::{Path, PathBuf},
@@ -27,7 +28,11 @@ use super::{
 use crate::config::{Config, DEFAULT_ROLES};
 
 /// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(800);
+/// How long what is new has to stay the same before it is taken.
+const REST: Duration = Duration::from_millis(150);
+/// How often that is waited for; what goes on changing is looked at next time.
+const RESTS: usize = 4;
 /// How long before its end a certificate is warned about.
 pub const SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
@@ -117,6 +122,24 @@ impl<C: PartialEq, T> Kept<C, T> {
 
     fn reloads(&self) -> Reloads {
         self.tried().reloads.clone()
+    }
+
+    /// Reads, and where that is new once more until it rests. `None` when nothing
+    /// changed since the last try, or it still changes.
+    fn settled(&self, read: impl Fn() -> Result<C, String>) -> Option<Result<C, String>> {
+        let mut found = read();
+        if self.tried().contents == found {
+            return None;
+        }
+        for _ in 0..RESTS {
+            std::thread::sleep(REST);
+            let again = read();
+            if again == found {
+                return Some(found);
+            }
+            found = again;
+        }
+        None
     }
 
     /// Takes what was read if it is new and can be used. `None` when nothing
@@ -261,11 +284,12 @@ impl Trust {
         }
     }
 
-    /// Looks at the files once; how many had changed.
+    /// Looks at the files once; how many had changed. Waits for those that do.
     pub fn look(&self) -> u64 {
         let mut changed = 0;
         if let Some((paths, kept)) = &self.tls
-            && let Some(looked) = kept.look(paths.read(), |contents| paths.understand(contents))
+            && let Some(read) = kept.settled(|| paths.read())
+            && let Some(looked) = kept.look(read, |contents| paths.understand(contents))
         {
             changed += 1;
             match looked {
@@ -277,7 +301,7 @@ impl Trust {
             }
         }
         // An absent default file stays what it was.
-        let text = match std::fs::read_to_string(&self.roles_path) {
+        let read = || match std::fs::read_to_string(&self.roles_path) {
             Err(error)
                 if error.kind() == std::io::ErrorKind::NotFound && self.roles().is_empty() =>
             {
@@ -286,9 +310,16 @@ impl Trust {
             other => other.map_err(|error| unreadable(&self.roles_path, &error)),
         };
         let understand = |text: &String| {
-            Roles::parse(text, &host_groups()).map_err(|problem| wrong(&self.roles_path, &problem))
+            let roles = Roles::parse(text, &host_groups());
+            let roles = roles.map_err(|problem| wrong(&self.roles_path, &problem))?;
+            if roles.is_empty() && !self.roles().leaves_host_to_the_socket() {
+                return Err(wrong(&self.roles_path, EMPTIED));
+            }
+            Ok(roles)
         };
-        if let Some(looked) = self.roles.look(text, understand) {
+        if let Some(text) = self.roles.settled(read)
+            && let Some(looked) = self.roles.look(text, understand)
+        {
             changed += 1;
             match looked {
                 Ok(roles) => {
@@ -315,6 +346,10 @@ fn tell(proof: &Proof) {
         tracing::warn!(until = %proof.until, "the agent's certificate expires soon");
     }
 }
+
+/// Why a file of roles is not taken that lost all its entries.
+const EMPTIED: &str = "has no entry, which would give all callers on this host every right; keep an \
+                       entry, or start the agent anew if that is meant";
 
 fn unreadable(path: &Path, error: &std::io::Error) -> String {
     format!("trust.roles '{}' cannot be read: {error}", path.display())

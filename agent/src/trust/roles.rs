@@ -162,7 +162,7 @@ impl Roles {
 
     /// Whether no entry is about people of this host: then whoever the socket's
     /// permissions let in may do everything.
-    fn leaves_host_to_the_socket(&self) -> bool {
+    pub(super) fn leaves_host_to_the_socket(&self) -> bool {
         self.0
             .iter()
             .all(|rule| rule.uids.is_empty() && rule.groups.is_empty())

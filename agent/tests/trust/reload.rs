@@ -1,6 +1,8 @@
 //! Certificates and roles that change while the agent runs.
 
 use std::{
+    io::Write as _,
+    os::unix::fs::MetadataExt as _,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -8,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vmsnap_client::{Hindrance, TlsFiles};
 use vmsnap_proto::v1;
 
 use crate::{
@@ -23,6 +26,24 @@ fn while_it_lasts() -> Duration {
         Some(_) => Duration::from_secs(60),
         None => Duration::from_secs(6),
     }
+}
+
+fn hang_up(agent: &Agent) {
+    let kill = std::process::Command::new("kill")
+        .args(["-HUP", &agent.pid().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+}
+
+/// An entry for certificates, and behind it one that leaves whoever runs this a
+/// viewer.
+fn roles_of_the_host() -> [String; 2] {
+    let uid = std::fs::metadata("/proc/self").unwrap().uid();
+    [
+        ROLES.to_owned(),
+        format!("[[roles]]\nrole = 'viewer'\nvms = ['*']\nuids = [{uid}]\n"),
+    ]
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -174,11 +195,7 @@ async fn an_open_stream_ends_with_the_role_or_the_certificate_of_its_caller() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hangup_has_everything_read_at_once() {
     let agent = Agent::start(ROLES, "");
-    let kill = std::process::Command::new("kill")
-        .args(["-HUP", &agent.pid().to_string()])
-        .status()
-        .unwrap();
-    assert!(kill.success());
+    hang_up(&agent);
     agent.says("none of them changed");
     assert_eq!(agent.client("deploy").await.vms().await.unwrap().len(), 2);
 }
@@ -236,4 +253,44 @@ async fn certificates_that_rotate_every_second_fail_no_call() {
         .matches("the agent's certificate is in force")
         .count();
     assert!(taken * 2 > rotations, "{taken} of {rotations} were taken");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_roles_that_is_emptied_gives_local_callers_no_right_that_they_had_not() {
+    let agent = Agent::start(&roles_of_the_host().concat(), "");
+    let local = connect(&agent.socket(), TlsFiles::default()).await.unwrap();
+    for (nothing, times) in ["", "# nobody\n", "roles = []\n"].into_iter().zip(1..) {
+        write(&agent.folder.path("roles.toml"), nothing);
+        hang_up(&agent);
+        let patience = Instant::now() + Duration::from_secs(10);
+        while agent.log().matches("has no entry").count() < times {
+            assert!(Instant::now() < patience, "{}", agent.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let error = local.record_fix("NO_SPACE", "", "x").await.unwrap_err();
+        assert_eq!(error.hindrance(), Hindrance::NotAllowed, "{nothing:?}");
+    }
+    assert_eq!(agent.client("deploy").await.vms().await.unwrap().len(), 2);
+    // Taken away one by one they are meant.
+    write(&agent.folder.path("roles.toml"), ROLES);
+    agent.says("new roles are in force");
+    local.record_fix("NO_SPACE", "", "x").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_still_being_written_is_not_taken_before_it_is_whole() {
+    let [first, second] = roles_of_the_host();
+    let agent = Agent::start(&format!("{first}{second}"), "");
+    // What is there after the first half would let local callers do everything.
+    let mut file = std::fs::File::create(agent.folder.path("roles.toml")).unwrap();
+    file.write_all(first.as_bytes()).unwrap();
+    hang_up(&agent);
+    std::thread::sleep(Duration::from_millis(40));
+    file.write_all(second.as_bytes()).unwrap();
+    file.write_all(b"# Whole.\n").unwrap();
+    drop(file);
+    agent.says("entries=2");
+    assert!(!agent.log().contains("entries=1"), "{}", agent.log());
+    let local = connect(&agent.socket(), TlsFiles::default()).await.unwrap();
+    assert!(local.record_fix("NO_SPACE", "", "x").await.is_err());
 }
