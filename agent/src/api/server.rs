@@ -2,12 +2,13 @@
 //! TCP on loopback when the configuration asks for it.
 //!
 //! Invariants: a socket file that another agent still serves is never taken
-//! over; one that was left behind by a dead agent is; every call passes the gate.
+//! over; one that was left behind by a dead agent is, and nothing but a socket ever
+//! is; every call passes the gate.
 
 use std::{
     io,
     net::SocketAddr,
-    os::unix::fs::{PermissionsExt as _, chown},
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _, chown},
     path::Path,
     time::Duration,
 };
@@ -296,9 +297,16 @@ async fn report_health(workflows: Workflows, health: tonic_health::server::Healt
 /// Opens a Unix socket that a group may use.
 ///
 /// # Errors
-/// When another process serves it, or it cannot be made.
+/// When another process serves it, something else than a socket is there, or it
+/// cannot be made.
 pub async fn open_socket(path: &Path, group: Option<u32>, mode: u32) -> io::Result<UnixListener> {
-    if path.exists() {
+    if let Ok(there) = std::fs::metadata(path) {
+        if !there.file_type().is_socket() {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "what is there is no socket, and stays; move it away, or choose another path",
+            ));
+        }
         if UnixStream::connect(path).await.is_ok() {
             return Err(io::Error::new(
                 io::ErrorKind::AddrInUse,
@@ -335,4 +343,31 @@ pub fn group_id_of(name: &str) -> io::Result<Option<u32>> {
         )
     })?;
     Ok(Some(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_socket_that_nobody_serves_is_replaced_and_no_other_file() {
+        let folder = std::env::temp_dir().join(format!("vmsnap-o-{}", uuid::Uuid::now_v7()));
+        let socket = folder.join("s");
+        drop(open_socket(&socket, None, 0o600).await.unwrap());
+        assert!(socket.exists());
+        let served = open_socket(&socket, None, 0o600).await.unwrap();
+        let taken = open_socket(&socket, None, 0o600).await.unwrap_err();
+        assert!(taken.to_string().contains("another agent"), "{taken}");
+        drop(served);
+        let precious = folder.join("precious");
+        std::fs::write(&precious, "x").unwrap();
+        let link = folder.join("link");
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        for path in [&precious, &link, &folder] {
+            let refused = open_socket(path, None, 0o600).await.unwrap_err();
+            assert!(refused.to_string().contains("no socket"), "{refused}");
+        }
+        assert_eq!(std::fs::read_to_string(&link).unwrap(), "x");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
 }
