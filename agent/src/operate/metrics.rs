@@ -5,11 +5,13 @@
 //! what the journal holds; without a configured endpoint nothing is kept; names
 //! of metrics, labels and their values are an interface.
 
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 use jiff::Timestamp;
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{
+    Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
 use metrics_util::MetricKindMask;
 use vmsnap_engine::{Closing, Hold};
 
@@ -294,8 +296,12 @@ const LONG: &[f64] = &[
 const SHORT: &[f64] = &[
     0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 ];
-/// A figure of something that is gone is shown no longer than this.
+/// A figure of something that is gone is shown no longer than this: one that was not
+/// set for so long, so [`set`] sets all of them.
 const GONE: Duration = Duration::from_secs(600);
+
+/// When the agent began to keep metrics.
+static BEGAN: OnceLock<Timestamp> = OnceLock::new();
 
 fn result(closing: Closing) -> &'static str {
     match closing {
@@ -329,8 +335,21 @@ fn between(from: Timestamp, to: Timestamp) -> f64 {
 /// # Errors
 /// When this process keeps some already.
 pub fn install() -> Result<PrometheusHandle, String> {
-    let wrong = |error: &dyn std::fmt::Display| format!("metrics: {error}");
-    let mut builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::GAUGE, Some(GONE));
+    let recorder = recorder(GONE)?;
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
+    BEGAN.get_or_init(Timestamp::now);
+    begin();
+    Ok(handle)
+}
+
+fn wrong(error: &dyn std::fmt::Display) -> String {
+    format!("metrics: {error}")
+}
+
+/// What keeps metrics; gauges for so long after they were set.
+fn recorder(gone: Duration) -> Result<PrometheusRecorder, String> {
+    let mut builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::GAUGE, Some(gone));
     for (name, bounds) in [
         (RUN_SECONDS, LONG),
         (STEP_SECONDS, LONG),
@@ -340,9 +359,11 @@ pub fn install() -> Result<PrometheusHandle, String> {
             .set_buckets_for_metric(Matcher::Full(name.to_owned()), bounds)
             .map_err(|error| wrong(&error))?;
     }
-    let recorder = builder.build_recorder();
-    let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
+    Ok(builder.build_recorder())
+}
+
+/// Says what there is, and what is 0 until it grows.
+fn begin() {
     for metric in METRICS {
         match metric.kind {
             Kind::Counter => describe_counter!(metric.name, metric.help),
@@ -356,8 +377,6 @@ pub fn install() -> Result<PrometheusHandle, String> {
             counter!(RUNS, "action" => action, "result" => result(closing)).absolute(0);
         }
     }
-    gauge!(STARTED).set(between(Timestamp::UNIX_EPOCH, Timestamp::now()));
-    Ok(handle)
 }
 
 /// Counts what a record of a run tells. Called once it is on disk.
@@ -396,6 +415,8 @@ pub fn set(standing: &Standing, known: &Known, config: &Config) {
     let count = |n: usize| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
     let truth = |is: bool| if is { 1.0 } else { 0.0 };
     gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    let began = *BEGAN.get_or_init(|| now);
+    gauge!(STARTED).set(between(Timestamp::UNIX_EPOCH, began));
     gauge!(RUNS_OPEN).set(count(standing.open.len()));
     let oldest = |times: &mut dyn Iterator<Item = Timestamp>| {
         times.min().map_or(0.0, |since| between(since, now))
@@ -473,4 +494,42 @@ pub fn set(standing: &Standing, known: &Known, config: &Config) {
 )]
 fn bytes(number: u64) -> f64 {
     number as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::Size;
+
+    #[test]
+    fn what_is_as_it_is_now_is_shown_for_as_long_as_the_agent_is_asked() {
+        const GONE: Duration = Duration::from_millis(20);
+        let recorder = recorder(GONE).unwrap();
+        let handle = recorder.handle();
+        let standing = Standing {
+            now: Timestamp::now(),
+            journal: Some(Size {
+                bytes: 4_096,
+                free: 1 << 30,
+            }),
+            ..Standing::default()
+        };
+        let shown = || {
+            metrics::with_local_recorder(&recorder, || {
+                set(&standing, &Known::default(), &Config::default());
+            });
+            let text = handle.render();
+            let all = METRICS.iter().filter(|it| it.kind == Kind::Gauge);
+            all.map(|metric| metric.name)
+                .filter(|name| text.contains(&format!("\n# TYPE {name} gauge\n{name}")))
+                .collect::<Vec<_>>()
+        };
+        metrics::with_local_recorder(&recorder, begin);
+        let first = shown();
+        assert!(first.len() > 15 && first.contains(&STARTED), "{first:?}");
+        for _ in 0..3 {
+            std::thread::sleep(GONE * 2);
+            assert_eq!(shown(), first);
+        }
+    }
 }
