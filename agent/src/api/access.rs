@@ -68,6 +68,21 @@ pub async fn deed(
     once_seen(workflows, access, method, deed.action(), vm, allowed).await
 }
 
+/// Whether the caller may see the plan of this to a VM.
+///
+/// # Errors
+/// As for a VM that is not there, or [`Reason::NotAllowed`].
+pub async fn plan(
+    workflows: &Workflows,
+    access: &Access,
+    method: &'static str,
+    deed: Deed,
+    vm: &str,
+) -> Result<(), Status> {
+    let allowed = || access.allows_plan(method, deed, vm);
+    once_seen(workflows, access, method, deed.action(), vm, allowed).await
+}
+
 /// What is allowed of a VM that the caller sees: of one that he does not, no role is
 /// spoken of.
 async fn once_seen(
@@ -106,6 +121,23 @@ pub async fn seen(
     Err(errors::status(&fault))
 }
 
+/// Longest id that is looked up, in bytes.
+pub const ID_MOST: usize = 128;
+
+/// Whether a text is not longer than so many bytes.
+///
+/// # Errors
+/// As for a malformed field.
+pub fn bounded(field: &str, value: &str, most: usize) -> Result<(), Status> {
+    if value.len() > most {
+        return Err(errors::status(&Fault::bad_field(
+            field,
+            format!("has {} bytes; {most} at most", value.len()),
+        )));
+    }
+    Ok(())
+}
+
 /// A run that the caller may see, and over whose VM he has a role.
 ///
 /// # Errors
@@ -117,6 +149,7 @@ pub async fn run(
     role: Role,
     id: &str,
 ) -> Result<RunRow, Status> {
+    bounded("workflow_id", id, ID_MOST)?;
     let run = workflows
         .run(id)
         .await

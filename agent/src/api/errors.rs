@@ -2,10 +2,12 @@
 //!
 //! Invariants: every reason has one code, chosen by who must act; details carry
 //! what a program needs; a fault of the agent itself shows nothing but its text.
+//! Whatever a fault says, its status fits the headers that every client takes: a
+//! status travels in these, and one that does not fit is lost with its reason.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
-use tonic::{Code, Status};
+use tonic::{Code, Status, codegen::http::HeaderMap};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use vmsnap_proto::{ERROR_DOMAIN, v1};
 
@@ -74,9 +76,83 @@ pub fn code(reason: Reason) -> Code {
     }
 }
 
-/// A fault as a status with its details.
+/// What the headers of a status may take, in bytes, as HTTP/2 counts them (RFC 9113,
+/// 6.5.2): gRPC's C core takes 8 KiB unless it is told otherwise, hyper 16 KiB. Other
+/// headers come with them.
+const HEADERS: usize = 7 << 10;
+/// A fault with no more text than this fits in any case.
+const SMALL: usize = 1 << 10;
+/// To how many bytes each text is cut, until all of them fit.
+const CUTS: [usize; 4] = [1_400, 700, 300, 100];
+/// Malformed fields, and fixes that worked, of what is cut.
+const FIELDS: usize = 8;
+const FIXES: usize = 3;
+
+/// A fault as a status with its details. What does not fit is cut; in an event
+/// ([`failure`]) there is room for it.
 #[must_use]
 pub fn status(fault: &Fault) -> Status {
+    let mut status = whole(fault);
+    let violations = fault.violations.iter();
+    let texts = violations.map(|it| it.field.len() + it.problem.len());
+    let values = fault
+        .metadata
+        .iter()
+        .map(|(key, value)| key.len() + value.len());
+    if fault.message.len() + texts.chain(values).sum::<usize>() <= SMALL {
+        return status;
+    }
+    for most in CUTS {
+        if fits(&status) {
+            break;
+        }
+        status = whole(&cut(fault, most));
+    }
+    status
+}
+
+/// Whether a status arrives.
+fn fits(status: &Status) -> bool {
+    let mut headers = HeaderMap::new();
+    let written = status.add_header(&mut headers);
+    let sizes = headers
+        .iter()
+        .map(|(name, value)| name.as_str().len() + value.len() + 32);
+    written.is_ok() && sizes.sum::<usize>() <= HEADERS
+}
+
+/// A fault whose texts have so many bytes at most.
+fn cut(fault: &Fault, most: usize) -> Fault {
+    let mut fixes = 0;
+    let mut fault = fault.clone();
+    fault.metadata.retain(|key, value| {
+        *value = shortened(value, most).into_owned();
+        fixes += usize::from(key.starts_with(KNOWN_FIX));
+        !key.starts_with(KNOWN_FIX) || fixes <= FIXES
+    });
+    fault.message = shortened(&fault.message, most).into_owned();
+    fault.violations.truncate(FIELDS);
+    for violation in &mut fault.violations {
+        // A few fields take together what one text does.
+        violation.field = shortened(&violation.field, most / FIELDS).into_owned();
+        violation.problem = shortened(&violation.problem, most / FIELDS * 2).into_owned();
+    }
+    fault
+}
+
+/// A text with so many bytes at most; of a list of names whole ones.
+fn shortened(text: &str, most: usize) -> Cow<'_, str> {
+    if text.len() <= most {
+        return Cow::Borrowed(text);
+    }
+    let start = &text[..text.floor_char_boundary(most)];
+    match start.rsplit_once(',') {
+        Some((names, _)) if !start.contains(' ') => Cow::Borrowed(names),
+        _ => Cow::Owned(format!("{start}\u{2026}")),
+    }
+}
+
+fn whole(fault: &Fault) -> Status {
     let code = code(fault.reason);
     let reason = fault.reason.as_str();
     let mut details = ErrorDetails::new();
@@ -156,6 +232,7 @@ fn fixes(fault: &Fault) -> impl Iterator<Item = &String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::planning::reason::Violation;
 
     #[test]
     fn a_missing_name_is_sent_with_the_valid_names_and_its_page() {
@@ -177,6 +254,56 @@ mod tests {
                 .url
                 .ends_with("/SNAPSHOT_NOT_FOUND.md")
         );
+    }
+
+    #[test]
+    fn whatever_a_fault_says_it_fits_the_headers_that_any_client_takes() {
+        let names: Vec<String> = (0..1_000).map(|n| format!("nightly-{n:04}")).collect();
+        let many = Fault::new(
+            Reason::SnapshotNotFound,
+            format!("VM 'a' has no snapshot 'b'; it has {}", names.join(", ")),
+        )
+        .with("nearest", "nightly-0001")
+        .with("valid_names", names.join(","));
+        let fields = vec![("x".repeat(9_000), "'\u{fc}' ".repeat(9_000)); 500];
+        let fields = fields
+            .into_iter()
+            .map(|(field, problem)| Violation { field, problem });
+        let paths = (0..300).fold(
+            Fault::new(Reason::FileShared, "\u{1f40e}".repeat(5_000)),
+            |fault, n| fault.with(&format!("known_fix_{n}"), "y".repeat(4_096)),
+        );
+        for fault in [many, Fault::bad_fields(fields.collect()), paths] {
+            let status = status(&fault);
+            let mut headers = tonic::codegen::http::HeaderMap::new();
+            status.add_header(&mut headers).unwrap();
+            let size: usize = headers
+                .iter()
+                .map(|(name, value)| name.as_str().len() + value.len() + 32)
+                .sum();
+            assert!(size <= 8 << 10, "{size} bytes of {}", fault.reason);
+            let details = status.get_error_details();
+            let info = details.error_info().unwrap();
+            assert_eq!(info.reason, fault.reason.as_str());
+            assert!(details.help().unwrap().links[0].url.ends_with(".md"));
+            match fault.reason {
+                // Whole names only, and the one that was probably meant in any case.
+                Reason::SnapshotNotFound => {
+                    assert_eq!(info.metadata["nearest"], "nightly-0001");
+                    let told: Vec<&str> = info.metadata["valid_names"].split(',').collect();
+                    assert!(told.len() > 20, "{told:?}");
+                    assert_eq!(told, names[..told.len()]);
+                    assert!(status.message().contains("nightly-0020"));
+                    assert!(status.message().ends_with('\u{2026}'));
+                }
+                Reason::BadRequest => {
+                    assert!(!details.bad_request().unwrap().field_violations.is_empty());
+                }
+                _ => {}
+            }
+            // In an event there is room for all of it.
+            assert_eq!(failure(&fault).message, fault.message);
+        }
     }
 
     #[test]

@@ -138,6 +138,7 @@ impl KnownIssueService for Service {
     ) -> Result<Response<v1::RecordFixResponse>, Status> {
         let caller = access::of(&request)?;
         let message = request.into_inner();
+        access::bounded("reason", &message.reason, access::ID_MOST)?;
         let Some(reason) = Reason::ALL
             .iter()
             .find(|reason| reason.as_str() == message.reason)
@@ -194,6 +195,7 @@ impl KnownIssueService for Service {
     ) -> Result<Response<v1::ForgetFixResponse>, Status> {
         let caller = access::of(&request)?;
         let id = request.into_inner().id;
+        access::bounded("id", &id, access::ID_MOST)?;
         if issues::catalogue().iter().any(|issue| issue.id == id) {
             return Err(failed(Fault::bad_field(
                 "id",

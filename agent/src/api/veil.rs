@@ -4,7 +4,7 @@
 //! others, as users of its files, as volumes of its pool, as what was probably
 //! meant. Before they are sent, the names of VMs that he may not see become
 //! "another VM", volumes that are of no VM that he sees are left out, and so are
-//! orphans, which may be anybody's.
+//! orphans, which may be anybody's, also where a clean-up says why they stay.
 //!
 //! Invariant: who sees all VMs gets everything as it is, at no cost.
 
@@ -26,6 +26,7 @@ use crate::{
         Facts, Fault, Outcome, Plan, Reason,
         facts::Storage,
         issues::{Found, Learned},
+        outcome::{FILE, Verdict},
     },
     trust::{Access, Sight, Tenure},
     workflows::{Event, Workflows},
@@ -170,7 +171,8 @@ impl Veil {
     ///
     /// # Errors
     /// When it does not survive the way through text; none does not.
-    pub fn plan(&self, plan: Plan) -> Result<Plan, Status> {
+    pub fn plan(&self, mut plan: Plan) -> Result<Plan, Status> {
+        self.verdicts(&mut plan.verdicts);
         self.through(plan)
     }
 
@@ -195,6 +197,9 @@ impl Veil {
                     record,
                 } = (*stamped).clone();
                 let record = match record {
+                    Record::Planned { plan } => Record::Planned {
+                        plan: Box::new(self.plan(*plan)?),
+                    },
                     Record::Closed {
                         closing,
                         outcome,
@@ -259,10 +264,18 @@ impl Veil {
 
     fn outcome(&self, outcome: Outcome) -> Result<Outcome, Status> {
         let mut outcome: Outcome = self.through(outcome)?;
+        self.verdicts(&mut outcome.verdicts);
         if let (Some(names), Some(storage)) = (&self.0, &mut outcome.storage) {
             names.storage(storage);
         }
         Ok(outcome)
+    }
+
+    /// What is left of verdicts: those on files are on orphans.
+    fn verdicts(&self, verdicts: &mut Vec<Verdict>) {
+        if self.0.is_some() {
+            verdicts.retain(|verdict| verdict.what != FILE);
+        }
     }
 
     /// All texts of a value, through JSON.
@@ -361,6 +374,28 @@ mod tests {
         ] {
             assert_eq!(names.text(text), wanted);
         }
+    }
+
+    #[test]
+    fn orphans_that_stay_are_left_out_where_what_a_clean_up_does_is_told() {
+        let verdict = |what: &str| Verdict {
+            name: format!("/images/{what}"),
+            what: what.to_owned(),
+            removed: false,
+            rule: "only reported".into(),
+            size: 1,
+        };
+        let outcome = Outcome {
+            verdicts: ["snapshot", "volume", FILE].map(verdict).into(),
+            ..Outcome::default()
+        };
+        let told = |veil: Veil| -> Vec<String> {
+            let outcome = veil.outcome(outcome.clone()).unwrap();
+            outcome.verdicts.into_iter().map(|one| one.what).collect()
+        };
+        assert_eq!(told(Veil(None)), ["snapshot", "volume", FILE]);
+        let some = Veil(Some(veil(&["web1"], &["db1"])));
+        assert_eq!(told(some), ["snapshot", "volume"]);
     }
 
     #[test]

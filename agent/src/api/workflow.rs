@@ -7,7 +7,8 @@ use tonic::{Request, Response, Status};
 use vmsnap_proto::v1::{self, workflow_service_server::WorkflowService};
 
 use super::{
-    access, errors, paging, reply, spec,
+    access::{self, ID_MOST, bounded},
+    errors, paging, reply, spec,
     veil::{Veil, Veiled},
 };
 use crate::{
@@ -20,8 +21,6 @@ use crate::{
 
 const PAGE: u32 = 100;
 const PAGE_MOST: u32 = 1_000;
-/// Longest request id and plan hash, in bytes.
-const ID_MOST: usize = 128;
 /// Longest note of a resolution, in bytes.
 const NOTE_MOST: usize = 4_096;
 
@@ -45,16 +44,6 @@ fn about<T>(
     response
 }
 
-fn bounded(field: &str, value: &str, most: usize) -> Result<(), Status> {
-    if value.len() > most {
-        return Err(failed(Fault::bad_field(
-            field,
-            format!("has {} bytes; {most} at most", value.len()),
-        )));
-    }
-    Ok(())
-}
-
 /// A name that refers to something, or is empty where all are meant: what libvirt
 /// cannot have as a name is the caller's slip, and is named as one.
 pub fn named(field: &str, name: &str) -> Result<(), Status> {
@@ -74,7 +63,8 @@ impl WorkflowService for Service {
     ) -> Result<Response<v1::PlanWorkflowResponse>, Status> {
         let caller = access::of(&request)?;
         let asked = spec::request(request.into_inner().spec).map_err(failed)?;
-        access::over(&self.0, &caller, "PlanWorkflow", Role::Viewer, &asked.vm).await?;
+        let deed = Deed::of(&asked);
+        access::plan(&self.0, &caller, "PlanWorkflow", deed, &asked.vm).await?;
         let veil = Veil::of(&self.0, &caller).await?;
         let planned = self.0.plan(&asked).await;
         let (plan, facts) = planned.map_err(|fault| veil.status(&fault))?;

@@ -48,12 +48,15 @@ impl GuestReport {
     }
 }
 
+/// What a verdict on a file of no VM is about, an orphan.
+pub const FILE: &str = "file";
+
 /// Something that went or stayed, and the rule that said so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     /// Name or path.
     pub name: String,
-    /// `snapshot`, `volume` or `file`.
+    /// `snapshot`, `volume` or [`FILE`].
     pub what: String,
     /// Whether it goes.
     pub removed: bool,

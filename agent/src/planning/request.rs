@@ -412,12 +412,22 @@ impl Policy {
                 );
             }
         }
-        for fault in [self.pattern().err(), self.zone("").err()]
-            .into_iter()
-            .flatten()
-        {
-            for violation in fault.violations {
-                note(&violation.field, violation.problem);
+        for (field, text, fault) in [
+            (
+                "cleanup.name_pattern",
+                &self.name_pattern,
+                self.pattern().err(),
+            ),
+            ("cleanup.time_zone", &self.time_zone, self.zone("").err()),
+        ] {
+            match (names::check_reference(text), fault) {
+                (Err(problem), _) => note(field, problem),
+                (Ok(()), Some(fault)) => {
+                    for violation in fault.violations {
+                        note(&violation.field, violation.problem);
+                    }
+                }
+                (Ok(()), None) => {}
             }
         }
     }
@@ -508,7 +518,9 @@ impl Request {
                         "is 0; a size in bytes is needed".into(),
                     );
                 }
-                if commit.resize_to.is_none() && !commit.resize_disk.is_empty() {
+                if let Err(problem) = names::check_reference(&commit.resize_disk) {
+                    note("commit.resize_disk", problem);
+                } else if commit.resize_to.is_none() && !commit.resize_disk.is_empty() {
                     note(
                         "commit.resize_disk",
                         format!("'{}' is given without a size", commit.resize_disk),
@@ -583,6 +595,11 @@ impl Create {
                  while it is frozen comes back frozen; leave one of them out"
                     .into(),
             );
+        }
+        for disk in &self.exclude_disks {
+            if let Err(problem) = names::check_reference(disk) {
+                note("create.exclude_disks", problem);
+            }
         }
         if !self.exclude_disks.is_empty() && !self.accept_no_revert {
             note(

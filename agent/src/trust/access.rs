@@ -173,6 +173,27 @@ impl Access {
         self.allows_as(method, deed.name(), deed.action(), role, vm)
     }
 
+    /// Whether the caller may see the plan of what a run does: one that reaches beyond
+    /// the VM tells of volumes that may be anybody's.
+    ///
+    /// # Errors
+    /// [`Reason::NotAllowed`], written down.
+    pub fn allows_plan(&self, method: &'static str, deed: Deed, vm: &str) -> Result<(), Fault> {
+        let role = Role::Viewer;
+        if deed.needs_all() && self.over(vm).is_some() && !self.sight().sees_all() {
+            let fault = self
+                .not_allowed(format!(
+                    "a plan of {deed} needs the role {role} over all VMs, and {} has one over some",
+                    self.shown()
+                ))
+                .with("needs", role)
+                .with("vm", vm);
+            self.denied(method, deed.action(), vm, &fault);
+            return Err(fault);
+        }
+        self.allows(method, role, vm)
+    }
+
     fn allows_as(
         &self,
         method: &'static str,

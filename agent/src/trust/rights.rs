@@ -51,6 +51,8 @@ pub enum Needs {
     Over(Role),
     /// What the action on the VM needs.
     Action,
+    /// Viewer over the VM; over all VMs for a plan of what is done over all.
+    Plan,
     /// The first over the VM for a run of the caller's own, the second for
     /// another's.
     Run(Role, Role),
@@ -63,7 +65,7 @@ impl Needs {
     #[must_use]
     pub fn least(self) -> Role {
         match self {
-            Self::Seeing | Self::Action => Role::Viewer,
+            Self::Seeing | Self::Action | Self::Plan => Role::Viewer,
             Self::Over(role) | Self::Run(role, _) | Self::Host(role) => role,
         }
     }
@@ -75,6 +77,10 @@ impl fmt::Display for Needs {
             Self::Seeing => write!(out, "viewer; shows the VMs of the caller's patterns"),
             Self::Over(role) => write!(out, "{role} over the VM"),
             Self::Action => write!(out, "what the action needs, see below"),
+            Self::Plan => write!(
+                out,
+                "viewer over the VM, and over all VMs where the action needs a role over all"
+            ),
             Self::Run(own, other) => {
                 write!(
                     out,
@@ -139,7 +145,7 @@ const AUDIT: &str = "AuditService";
 
 /// Every RPC.
 pub const RIGHTS: &[Right] = &[
-    call(WORKFLOW, "PlanWorkflow", Needs::Over(Role::Viewer)),
+    call(WORKFLOW, "PlanWorkflow", Needs::Plan),
     stream(WORKFLOW, "RunWorkflow", Needs::Action),
     stream(WORKFLOW, "WatchWorkflow", Needs::Over(Role::Viewer)),
     call(

@@ -144,6 +144,12 @@ pub async fn run(channel: &Channel, deed: Deed, vm: &str, request_id: &str) -> A
     ask::<_, v1::RunWorkflowResponse>(channel, path, request).await
 }
 
+/// Plans.
+pub async fn plan(channel: &Channel, request: v1::PlanWorkflowRequest) -> Answer {
+    let path = "/vmsnap.v1.WorkflowService/PlanWorkflow";
+    ask::<_, v1::PlanWorkflowResponse>(channel, path, request).await
+}
+
 /// Makes a call on a VM, or on a run of it.
 pub async fn call(channel: &Channel, service: &str, method: &str, vm: &str, id: &str) -> Answer {
     let path = format!("/vmsnap.v1.{service}/{method}");

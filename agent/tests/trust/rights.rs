@@ -11,7 +11,7 @@ use vmsnap_proto::v1;
 
 use crate::{
     agent::{Agent, connect},
-    calls::{Answer, call, call_health, run},
+    calls::{Answer, call, call_health, plan, run, spec},
     pki::NOW,
 };
 
@@ -136,6 +136,7 @@ async fn every_call_and_action_with_every_role_inside_and_outside_its_pattern_is
                 let wanted = match right.needs {
                     Needs::Seeing => caller.role.map_or(Verdict::Denied, |_| Verdict::Allowed),
                     Needs::Over(role) => over(role),
+                    Needs::Plan => over(Role::Viewer),
                     Needs::Action => over(Deed::List.needs()),
                     Needs::Run(mine, others) => {
                         // The gate knows only the lower one.
@@ -360,4 +361,102 @@ async fn a_message_that_is_too_large_and_a_name_that_is_too_long_are_refused_by_
     let failure = error.failure().unwrap();
     assert_eq!(failure.reason, "BAD_REQUEST");
     assert_eq!(failure.violations[0].subject, "vm_name");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_reaches_beyond_the_vm_is_not_even_planned_for_who_does_not_see_all() {
+    let agent = Agent::start(ROLES, "");
+    let beyond = v1::PlanWorkflowRequest {
+        spec: Some(spec(Deed::CleanupBeyond, "in1")),
+    };
+    for (name, wanted) in [
+        ("viewer", "NOT_ALLOWED"),
+        ("admin", "NOT_ALLOWED"),
+        ("root", ""),
+    ] {
+        let client = agent.client(name).await;
+        let answer = plan(&client.channel(), beyond.clone()).await;
+        assert_eq!(answer.reason(), wanted, "{name}: {answer:?}");
+        // Of what is the VM's own a plan may be seen.
+        let own = v1::PlanWorkflowRequest {
+            spec: Some(spec(Deed::Cleanup, "in1")),
+        };
+        let answer = plan(&client.channel(), own).await;
+        assert_eq!(answer.reason(), "", "{name}: {answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_is_too_long_is_refused_with_its_field_in_an_answer_that_arrives() {
+    let agent = Agent::start(ROLES, "");
+    let root = agent.client("root").await;
+    let long = "x".repeat(100_000);
+    let of_field = |error: vmsnap_client::Error, field: &str| {
+        let failure = error
+            .failure()
+            .unwrap_or_else(|| panic!("{}", error.chain()));
+        assert_eq!(failure.reason, "BAD_REQUEST", "{}", error.chain());
+        assert_eq!(failure.violations[0].subject, field, "{}", error.chain());
+    };
+    of_field(root.workflow(&long).await.unwrap_err(), "workflow_id");
+    of_field(root.cancel(&long).await.unwrap_err(), "workflow_id");
+    of_field(root.resolve(&long, "x").await.unwrap_err(), "workflow_id");
+    of_field(root.forget_fix(&long).await.unwrap_err(), "id");
+    of_field(root.record_fix(&long, "", "x").await.unwrap_err(), "reason");
+    let create = v1::CreateOptions {
+        exclude_disks: vec![long.clone()],
+        accept_no_revert: true,
+        ..Default::default()
+    };
+    let commit = v1::CommitOptions {
+        resize_bytes: Some(1),
+        resize_disk: long.clone(),
+        ..Default::default()
+    };
+    let cleanup = |options| v1::WorkflowSpec {
+        snapshot_name: String::new(),
+        cleanup: Some(options),
+        ..spec(Deed::Cleanup, "in1")
+    };
+    for (spec, field) in [
+        (
+            v1::WorkflowSpec {
+                create: Some(create),
+                ..spec(Deed::Create, "in1")
+            },
+            "create.exclude_disks",
+        ),
+        (
+            v1::WorkflowSpec {
+                commit: Some(commit),
+                ..spec(Deed::Commit, "in1")
+            },
+            "commit.resize_disk",
+        ),
+        (
+            cleanup(v1::CleanupOptions {
+                name_pattern: long.clone(),
+                ..Default::default()
+            }),
+            "cleanup.name_pattern",
+        ),
+        (
+            cleanup(v1::CleanupOptions {
+                keep_last: Some(1),
+                time_zone: long.clone(),
+                ..Default::default()
+            }),
+            "cleanup.time_zone",
+        ),
+        (
+            cleanup(v1::CleanupOptions {
+                leftovers: vec![format!("{long}/"); 2],
+                leftovers_set: true,
+                ..Default::default()
+            }),
+            "cleanup.leftovers",
+        ),
+    ] {
+        of_field(root.plan(spec).await.unwrap_err(), field);
+    }
 }

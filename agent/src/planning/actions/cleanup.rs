@@ -7,7 +7,7 @@ use crate::planning::{
     actions::{checks, delete},
     facts::{Facts, Orphan, Snapshot, Volume},
     files,
-    outcome::Verdict,
+    outcome::{FILE, Verdict},
     plan::Draft,
     reason::Fault,
     request::{Children, Cleanup, Orphans, Request},
@@ -201,7 +201,7 @@ fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
                 if let Err(fault) = checks::not_shared(facts, [orphan.path.as_str()]) {
                     draft.verdicts.push(verdict(
                         &orphan.path,
-                        "file",
+                        FILE,
                         false,
                         &fault.message,
                         orphan.size,
@@ -215,7 +215,7 @@ fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
                 draft.change(format!("file.{}", orphan.path), Some("orphan".into()), None);
                 draft.verdicts.push(verdict(
                     &orphan.path,
-                    "file",
+                    FILE,
                     true,
                     "made by this agent, and nothing refers to it",
                     orphan.size,
@@ -229,7 +229,7 @@ fn orphans(cleanup: &Cleanup, facts: &Facts, draft: &mut Draft) {
                 };
                 draft
                     .verdicts
-                    .push(verdict(&orphan.path, "file", false, rule, orphan.size));
+                    .push(verdict(&orphan.path, FILE, false, rule, orphan.size));
             }
         }
     }
