@@ -490,6 +490,84 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// The words of a command as a shell has them, up to a comment or another command.
+    fn words(command: &str) -> Vec<String> {
+        let mut words = Vec::new();
+        let (mut word, mut quoted) = (String::new(), None);
+        for c in command.chars().chain([' ']) {
+            match quoted {
+                Some(quote) if c == quote => quoted = None,
+                Some(_) => word.push(c),
+                None if matches!(c, '\'' | '"') => quoted = Some(c),
+                None if c.is_whitespace() => {
+                    if matches!(word.as_str(), "#" | "|" | ">" | "&&" | "&") {
+                        return words;
+                    }
+                    if !word.is_empty() {
+                        words.push(std::mem::take(&mut word));
+                    }
+                }
+                None => word.push(c),
+            }
+        }
+        words
+    }
+
+    /// Every command that a page tells to give: in a block of code the lines that
+    /// begin with it, elsewhere what stands between backticks.
+    fn commands(page: &str) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut in_block = false;
+        for line in page.lines() {
+            let of_block = line.trim_start().starts_with("```");
+            if of_block {
+                in_block = !in_block;
+            } else if in_block {
+                found.push(line.trim().to_owned());
+            } else {
+                found.extend(line.split('`').skip(1).step_by(2).map(str::to_owned));
+            }
+        }
+        found.retain(|command| command.starts_with("vmsnap "));
+        found
+    }
+
+    #[test]
+    fn every_command_that_the_documentation_tells_is_one_of_these() {
+        use clap::error::ErrorKind as Kind;
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+        let mut pages = vec![
+            format!("{root}/README.md").into(),
+            format!("{root}/collection/README.md").into(),
+        ];
+        for folder in ["docs", "docs/errors"] {
+            let files = std::fs::read_dir(format!("{root}/{folder}")).unwrap();
+            pages.extend(files.map(|file| file.unwrap().path()));
+        }
+        pages.retain(|page: &PathBuf| page.extension().is_some_and(|it| it == "md"));
+        let (mut tried, mut wrong) = (0, Vec::new());
+        for page in pages {
+            let text = std::fs::read_to_string(&page).unwrap();
+            for command in commands(&text) {
+                tried += 1;
+                if let Err(error) = Cli::try_parse_from(words(&command)) {
+                    // What a sentence names need not be whole.
+                    let only_named = matches!(
+                        error.kind(),
+                        Kind::MissingRequiredArgument
+                            | Kind::MissingSubcommand
+                            | Kind::DisplayHelpOnMissingArgumentOrSubcommand
+                    );
+                    if !only_named {
+                        wrong.push(format!("{}: {command}: {error}", page.display()));
+                    }
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        assert!(tried > 80, "only {tried} commands were found");
+    }
+
     #[test]
     fn words_become_the_contracts_values_and_auto_the_unspecified_one() {
         let cli = Cli::parse_from(["vmsnap", "create", "web1", "--consistency", "filesystem"]);

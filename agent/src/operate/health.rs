@@ -241,11 +241,11 @@ pub fn problems(standing: &Standing) -> Vec<Problem> {
             let remedy = match one.hold {
                 Hold::Frozen => format!(
                     "thaw it (virsh domfsthaw {}), or reset it when its agent does not answer; \
-                     then vmsnap resolve {}",
+                     then vmsnap resolve {} --note '...'",
                     run.vm, run.id
                 ),
                 Hold::Suspended => format!(
-                    "resume it (virsh resume {}); then vmsnap resolve {}",
+                    "resume it (virsh resume {}); then vmsnap resolve {} --note '...'",
                     run.vm, run.id
                 ),
             };
