@@ -233,7 +233,7 @@ async fn audit(context: &Context, args: &AuditArgs) -> Result<Status, Trouble> {
     if !args.follow {
         return Ok(Status::Done);
     }
-    let mut last = match entries.last() {
+    let last = match entries.last() {
         Some(entry) => entry.sequence,
         // Nothing that matches is there yet, and what comes has a higher number than all.
         None => {
@@ -241,6 +241,24 @@ async fn audit(context: &Context, args: &AuditArgs) -> Result<Status, Trouble> {
             newest.first().map_or(0, |entry| entry.sequence)
         }
     };
+    // Over all of it: once it was listened for, the key does nothing by itself any more.
+    tokio::select! {
+        ended = follow_audit(context, &client, filter, last) => ended,
+        left = tokio::signal::ctrl_c() => {
+            left?;
+            Ok(Status::Left)
+        }
+    }
+}
+
+/// Shows what comes behind an entry of the trail, for ever, also over a new start of
+/// the agent.
+async fn follow_audit(
+    context: &Context,
+    client: &Client,
+    filter: v1::AuditFilter,
+    mut last: u64,
+) -> Result<Status, Trouble> {
     let mut lost: Option<Instant> = None;
     loop {
         let mut stream = match client.watch_audit(filter.clone(), last).await {
@@ -256,15 +274,7 @@ async fn audit(context: &Context, args: &AuditArgs) -> Result<Status, Trouble> {
             }
         };
         lost = None;
-        loop {
-            let message = tokio::select! {
-                message = stream.message() => message,
-                left = tokio::signal::ctrl_c() => {
-                    left?;
-                    return Ok(Status::Left);
-                }
-            };
-            let Ok(Some(message)) = message else { break };
+        while let Ok(Some(message)) = stream.message().await {
             let Some(entry) = message.entry else { continue };
             last = entry.sequence;
             if context.json {
