@@ -136,8 +136,8 @@ pub struct Journal {
     pub keep_days: u32,
     /// The newest runs that stay whatever their age.
     pub keep_runs: u32,
-    /// Entries of the audit trail that stay at most, of what was done and of what was
-    /// denied, each by itself.
+    /// Entries of the audit trail that stay at most of what was done, and a tenth as
+    /// many of what was denied.
     pub keep_audit: u32,
     /// MiB of runs from which on the oldest go, however young they are.
     pub max_mib: u32,

@@ -309,15 +309,15 @@ impl Raw {
 }
 
 /// Removes entries of before a time, and all but the newest `keep` of what was done
-/// and the newest `keep` of what was denied: whoever is denied over and over pushes
-/// out nothing that others did.
+/// and a tenth as many of what was denied: whoever is denied over and over neither
+/// pushes out what others did nor fills the journal.
 pub fn prune(db: &mut Connection, before: Timestamp, keep: u32) -> Result<u64> {
     let transaction = db.transaction()?;
     let mut gone = transaction.execute(
         "DELETE FROM audit WHERE time < ?1",
         params![before.as_millisecond()],
     )?;
-    for is_denial in [false, true] {
+    for (is_denial, keep) in [(false, keep), (true, keep.div_ceil(10))] {
         gone += transaction.execute(
             "DELETE FROM audit WHERE (result = ?1) = ?2 AND sequence <= \
              (SELECT sequence FROM audit WHERE (result = ?1) = ?2 \
