@@ -192,6 +192,12 @@ impl Endpoints {
                 limits.max_streams,
                 limits.max_streams_per_peer,
             ),
+            places(
+                "calls of health and reflection",
+                "limits.max_streams",
+                limits.max_streams,
+                limits.max_streams_per_peer,
+            ),
             workflows.readers().clone(),
             errors::status,
         );

@@ -1,8 +1,9 @@
 //! The layer that every call passes, whatever the service.
 //!
 //! Invariants: no handler is reached without an [`Access`] in its request; a call
-//! holds its place until its answer was sent to the end, or given up; no message that
-//! is too large is kept, and no stream goes on without a right to it.
+//! holds its place until its answer was sent to the end, or given up; what is open to
+//! all has places apart, so that nobody without a role takes one from who has one; no
+//! message that is too large is kept, and no stream goes on without a right to it.
 
 use std::{
     pin::Pin,
@@ -40,6 +41,7 @@ struct Inner {
     auditor: Auditor,
     calls: Places,
     streams: Places,
+    open: Places,
     turns: Turns,
     told: Told,
 }
@@ -59,13 +61,15 @@ struct Entered {
 pub struct Gate(Arc<Inner>);
 
 impl Gate {
-    /// With the places that there are for calls and for streams.
+    /// With the places that there are for calls, for streams, and for both of what is
+    /// open to all.
     #[must_use]
     pub fn new(
         trust: Arc<Trust>,
         auditor: Auditor,
         calls: Places,
         streams: Places,
+        open: Places,
         turns: Turns,
         told: Told,
     ) -> Self {
@@ -74,6 +78,7 @@ impl Gate {
             auditor,
             calls,
             streams,
+            open,
             turns,
             told,
         }))
@@ -97,6 +102,7 @@ impl Gate {
             auditor,
             calls,
             streams,
+            open,
             ..
         } = &*self.0;
         let right = rights::of_path(path);
@@ -105,7 +111,11 @@ impl Gate {
         let tenure = Tenure::new(trust.clone(), auditor.clone(), peer.clone(), right);
         let access = tenure.access();
         let caller = access.caller();
-        let places = if is_stream { streams } else { calls };
+        let places = match right {
+            None => open,
+            Some(right) if right.streams => streams,
+            Some(_) => calls,
+        };
         let peer_key = caller.key();
         let place = places.take(&peer_key)?;
         if peer.has_expired(Timestamp::now()) {

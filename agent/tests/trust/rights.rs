@@ -341,6 +341,27 @@ async fn a_limit_on_streams_of_one_caller_is_a_clear_refusal_and_others_are_serv
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_has_no_role_takes_no_place_from_who_has_one() {
+    const LIMITS: &str = "[limits]\nmax_streams = 2\nmax_streams_per_peer = 2\nmax_calls = 2\n";
+    let agent = Agent::start(ROLES, LIMITS);
+    let nobody = agent.client("nobody").await;
+    // Health may be watched by everybody whom the transport lets in.
+    let watch = async || {
+        let mut client = tonic_health::pb::health_client::HealthClient::new(nobody.channel());
+        client
+            .watch(tonic_health::pb::HealthCheckRequest::default())
+            .await
+    };
+    let _watching = [watch().await.unwrap(), watch().await.unwrap()];
+    let refused = watch().await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    let root = agent.client("root").await;
+    let followed = root.watch_audit(v1::AuditFilter::default(), 0).await;
+    followed.unwrap();
+    root.vms().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_that_is_too_large_and_a_name_that_is_too_long_are_refused_by_size_and_field() {
     let agent = Agent::start(ROLES, "");
     let files = agent.ca.caller(&agent.folder, "root", &[], NOW);
