@@ -580,6 +580,18 @@ async fn version(context: &Context) -> Result<Status, Trouble> {
     )
 }
 
+/// A problem of this machine as a JSON document, in the same form.
+pub fn problem_json(problem: &str) -> Value {
+    let failure = v1::Failure {
+        // UNKNOWN: what it was is in the message.
+        code: 2,
+        reason: Hindrance::Failed.reason().to_owned(),
+        message: problem.to_owned(),
+        ..Default::default()
+    };
+    json!({"error": Failure::from(&failure).to_json()})
+}
+
 /// An error as a JSON document, in the form of a run's failure.
 pub fn error_json(error: &Error) -> Value {
     let failure = match error {

@@ -42,6 +42,9 @@ async fn main() -> ExitCode {
             ExitCode::from(FAILED)
         }
         Err(Trouble::Here(problem)) => {
+            if json && terminal::json(&commands::problem_json(&problem)).is_err() {
+                return ExitCode::from(BROKEN_PIPE);
+            }
             terminal::talk(&problem);
             ExitCode::from(FAILED)
         }

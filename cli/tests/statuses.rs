@@ -35,6 +35,18 @@ fn with_json_an_error_is_one_document_on_standard_output() {
 }
 
 #[test]
+fn with_json_what_fails_without_an_agent_is_a_document_too() {
+    let output = vmsnap(&["--json", "cert", "person", "x", "--dir", "/nowhere"]);
+    assert_eq!(output.status.code(), Some(1));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let message = document["error"]["message"].as_str().unwrap();
+    assert!(message.contains("/nowhere/ca.pem"), "{document}");
+    assert_eq!(document["error"]["reason"], "FAILED");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("/nowhere/ca.pem"), "{said}");
+}
+
+#[test]
 fn wrong_use_is_status_2() {
     for arguments in [
         &["create"][..],
