@@ -200,6 +200,16 @@ impl Veil {
                     Record::Planned { plan } => Record::Planned {
                         plan: Box::new(self.plan(*plan)?),
                     },
+                    // A name that stands alone in its metadata is in no sentence.
+                    Record::StepFailed {
+                        index,
+                        took_ms,
+                        fault,
+                    } => Record::StepFailed {
+                        index,
+                        took_ms,
+                        fault: self.fault(fault),
+                    },
                     Record::Closed {
                         closing,
                         outcome,
@@ -374,6 +384,32 @@ mod tests {
         ] {
             assert_eq!(names.text(text), wanted);
         }
+    }
+
+    #[test]
+    fn users_of_a_file_are_left_out_of_a_step_that_failed_by_them_also_where_they_stand_alone() {
+        let fault = Fault::new(Reason::FileShared, "'/a' came into use by db1 since then")
+            .with("path", "/a")
+            .with("users", "db1");
+        let event = Event::Record(std::sync::Arc::new(Stamped {
+            sequence: 3,
+            time: jiff::Timestamp::UNIX_EPOCH,
+            record: Record::StepFailed {
+                index: 0,
+                took_ms: 1,
+                fault,
+            },
+        }));
+        let told = Veil(Some(veil(&["web1"], &["db1"]))).event(event).unwrap();
+        let Event::Record(stamped) = told else {
+            panic!("it is a record")
+        };
+        let Record::StepFailed { fault, .. } = &stamped.record else {
+            panic!("it is of a step that failed")
+        };
+        assert_eq!(fault.metadata["users"], "another VM");
+        assert_eq!(fault.metadata["path"], "/a");
+        assert!(!fault.message.contains("db1"), "{fault}");
     }
 
     #[test]
