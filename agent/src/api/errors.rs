@@ -145,7 +145,8 @@ fn shortened(text: &str, most: usize) -> Cow<'_, str> {
     if text.len() <= most {
         return Cow::Borrowed(text);
     }
-    let start = &text[..text.floor_char_boundary(most)];
+    let end = (0..=most).rev().find(|end| text.is_char_boundary(*end));
+    let start = &text[..end.unwrap_or(0)];
     match start.rsplit_once(',') {
         Some((names, _)) if !start.contains(' ') => Cow::Borrowed(names),
         _ => Cow::Owned(format!("{start}\u{2026}")),
