@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use rustix::fs::{Access, StatVfsMountFlags, access, statfs, statvfs};
+use rustix::fs::{Access, StatVfsMountFlags, access, stat, statfs, statvfs};
 
 use crate::planning::facts::Folder;
 
@@ -40,6 +40,7 @@ pub fn read(path: &str, pool: Option<String>) -> Option<Folder> {
         names,
         free: space.f_bavail.saturating_mul(space.f_frsize),
         capacity: space.f_blocks.saturating_mul(space.f_frsize),
+        device: stat(path).ok()?.st_dev,
         network: NETWORK.contains(&kind),
         writable: !space.f_flag.contains(StatVfsMountFlags::RDONLY),
         denied: access(path, Access::WRITE_OK | Access::EXEC_OK).is_err(),
@@ -59,6 +60,7 @@ mod tests {
         let folder = read(path.to_str().unwrap(), None).unwrap();
         assert!(folder.names.contains("a.qcow2"));
         assert!(folder.free > 0 && folder.capacity >= folder.free);
+        assert!(folder.device != 0);
         assert!(folder.writable && !folder.denied && !folder.network);
         std::fs::remove_dir_all(&path).unwrap();
         assert_eq!(read(path.to_str().unwrap(), None), None);

@@ -605,6 +605,10 @@ pub struct Folder {
     pub free: u64,
     /// Size of the file system.
     pub capacity: u64,
+    /// The file system: folders with the same number share its space. 0 when it is
+    /// not known.
+    #[serde(default)]
+    pub device: u64,
     /// On a network file system.
     pub network: bool,
     /// Not mounted read-only.

@@ -97,16 +97,53 @@ impl<'a> Files<'a> {
     /// # Errors
     /// [`Reason::NoSpace`], naming pool or folder, need and free bytes.
     pub fn check_space(&self) -> Result<(), Fault> {
-        for (path, need) in &self.needs {
-            let Some(folder) = self.facts.folders.get(path) else {
-                continue;
-            };
-            if folder.free < *need {
-                return Err(no_space(self.facts, path, *need, folder.free));
-            }
+        let needs = self.needs.iter().map(|(path, need)| (path.as_str(), *need));
+        match short(self.facts, needs) {
+            Some(short) => Err(no_space(self.facts, short.path, short.need, short.free)),
+            None => Ok(()),
         }
-        Ok(())
     }
+}
+
+/// A folder on whose file system there is too little space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Short<'a> {
+    /// The folder; of several on that file system the one with the largest need.
+    pub path: &'a str,
+    /// Bytes needed in all folders on that file system.
+    pub need: u64,
+    /// Bytes free there.
+    pub free: u64,
+}
+
+/// The first file system without the space for what folders on it need, each given
+/// once with its bytes. Folders that are not known are left out.
+pub fn short<'a>(facts: &Facts, needs: impl Iterator<Item = (&'a str, u64)>) -> Option<Short<'a>> {
+    let mut found: Vec<(u64, u64, Short<'a>)> = Vec::new();
+    for (path, own) in needs {
+        let Some(folder) = facts.folders.get(path) else {
+            continue;
+        };
+        let same =
+            |(device, ..): &&mut (u64, u64, Short<'_>)| *device != 0 && *device == folder.device;
+        let Some((_, largest, there)) = found.iter_mut().find(same) else {
+            let short = Short {
+                path,
+                need: own,
+                free: folder.free,
+            };
+            found.push((folder.device, own, short));
+            continue;
+        };
+        there.need = there.need.saturating_add(own);
+        if own > *largest {
+            (*largest, there.path) = (own, path);
+        }
+    }
+    found
+        .into_iter()
+        .map(|(.., there)| there)
+        .find(|there| there.free < there.need)
 }
 
 /// A folder as people know it.

@@ -276,12 +276,16 @@ impl Workflows {
         );
         let _ = live.demanded.set(how.plan_hash.clone());
         // Looked up and made known in one, so that two at once cannot both begin.
-        {
+        let other = {
             let mut all = lock(&self.0.live);
-            if let Some(other) = going_on(&all, &request, &how)? {
-                return Ok(other);
+            let other = going_on(&all, &request, &how)?;
+            if other.is_none() {
+                all.insert(id.clone(), live.clone());
             }
-            all.insert(id.clone(), live.clone());
+            other
+        };
+        if let Some(other) = other {
+            return self.of_plan(other, &how.plan_hash).await;
         }
         let begun = self
             .0

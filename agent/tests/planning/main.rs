@@ -123,6 +123,7 @@ fn quiet() -> Facts {
                 names: BTreeSet::from(["web1.qcow2".to_owned()]),
                 free: 10 << 30,
                 capacity: 20 << 30,
+                device: 1,
                 network: false,
                 writable: true,
                 denied: false,
@@ -680,6 +681,36 @@ fn too_little_space_names_pool_need_and_free() {
     assert_eq!(fault.metadata["pool"], "default");
     assert_eq!(fault.metadata["free_bytes"], "1000");
     assert!(fault.metadata["need_bytes"].parse::<u64>().unwrap() > 1000);
+}
+
+#[test]
+fn folders_of_one_file_system_share_its_space() {
+    let mut facts = running();
+    let disk = |target: &str, image: &str| {
+        let mut disk = facts.vm.disks[0].clone();
+        disk.target = target.into();
+        disk.path = image.into();
+        disk.chain[0].path = image.into();
+        disk
+    };
+    let second = disk("vdb", "/second/data.qcow2");
+    facts.vm.disks.push(second);
+    let mut beside = facts.folders[FOLDER].clone();
+    beside.pool = None;
+    // What one overlay takes, and not what two do.
+    beside.free = vmsnap_agent::planning::files::OVERLAY_BYTES * 3 / 2;
+    facts.folders.insert("/second".into(), beside.clone());
+    facts.folders.get_mut(FOLDER).unwrap().free = beside.free;
+    let asked = request(Action::Create(Create {
+        memory: false,
+        ..create("a")
+    }));
+    let fault = plan(&asked, &facts).unwrap_err();
+    assert_eq!(fault.reason, Reason::NoSpace);
+    let need = vmsnap_agent::planning::files::OVERLAY_BYTES * 2;
+    assert_eq!(fault.metadata["need_bytes"], need.to_string());
+    facts.folders.get_mut("/second").unwrap().device = 2;
+    plan(&asked, &facts).unwrap();
 }
 
 #[test]

@@ -567,15 +567,13 @@ pub fn merge_fits(snapshot: &Snapshot, facts: &Facts) -> Result<(), Fault> {
         *need = need.saturating_add(bytes.min(room));
         *image = data;
     }
-    for (path, (need, image)) in needs {
-        if let Some(folder) = facts.folders.get(path)
-            && folder.free < need
-        {
-            return Err(
-                crate::planning::files::no_space(facts, path, need, folder.free)
-                    .with("image", image),
-            );
-        }
+    let by_folder = needs.iter().map(|(path, (need, _))| (*path, *need));
+    if let Some(short) = files::short(facts, by_folder) {
+        let fault = files::no_space(facts, short.path, short.need, short.free);
+        return Err(match needs.get(short.path) {
+            Some((_, image)) => fault.with("image", image),
+            None => fault,
+        });
     }
     Ok(())
 }
