@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
-use vmsnap_tests::{Agent, BlankSpec, Domain, Lab, eventually};
+use vmsnap_tests::{Agent, BlankSpec, Domain, Lab, command::run, eventually};
 
 /// Long enough to see that nothing happens at a deadline.
 const AFTER: Duration = Duration::from_secs(4);
@@ -192,5 +192,94 @@ fn a_guard_is_held_when_somebody_else_changed_the_vm_and_waits_for_an_open_block
         guards(&agent).is_ok_and(|open| open.is_empty())
     })?;
     assert!(domain.has_pattern("vda", 1, 0, 65_536)?);
+    Ok(())
+}
+
+#[test]
+fn a_confirmation_under_way_at_the_deadline_decides_and_nothing_is_taken_back() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let (domain, mut agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
+    let name = domain.name.clone();
+    guarded(&agent, &domain, "8s")?;
+    agent.stop();
+    // The next record is that of the confirmation's plan: it has its turn then.
+    let go = agent.folder().join("go");
+    let wait = format!("journal.record=1*return(wait {})->off", go.display());
+    agent.set_env("FAILPOINTS", &wait);
+    agent.start()?;
+    let mut command = agent.cli(&["confirm", &name])?;
+    let caller = std::thread::spawn(move || run(&mut command, None, LONG));
+    eventually(LONG, "the confirmation", || {
+        agent.log().contains("failpoint reached")
+    })?;
+    let newest = || -> Result<Value> {
+        let log = agent.vmsnap(&["log", &name])?;
+        Ok(log.document()?["workflows"][0].clone())
+    };
+    eventually(LONG, "the agent's revert behind it", || {
+        newest().is_ok_and(|run| run["caller"]["identity"] == "agent" && run["state"] == "queued")
+    })?;
+    std::fs::write(go, "")?;
+    let confirmed = caller
+        .join()
+        .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
+    assert_eq!(confirmed.status, 0, "{}", confirmed.complaint());
+    eventually(LONG, "the end of the agent's revert", || {
+        newest().is_ok_and(|run| run["state"] != "queued" && run["state"] != "running")
+    })?;
+    assert_eq!(newest()?["state"], "refused");
+    assert!(domain.has_pattern("vda", 2, 0, 65_536)?);
+    assert_eq!(domain.snapshots()?, ["before"]);
+    // And what was decided is not asked again.
+    assert!(guards(&agent)?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_guard_whose_revert_takes_long_holds_up_no_other() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let slow = lab.blank(&BlankSpec::default())?;
+    let (other, mut agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
+    agent.stop();
+    agent.set_env("FAILPOINTS", "effect.revert=1*return(late 12000)->off");
+    agent.start()?;
+    guarded(&agent, &slow, "3s")?;
+    guarded(&agent, &other, "4s")?;
+    eventually(LONG, "the revert of the other", || {
+        guards(&agent)
+            .is_ok_and(|open| open.iter().all(|one| one["vm_name"] != other.name.as_str()))
+    })?;
+    let open = guards(&agent)?;
+    assert_eq!(open.len(), 1, "the slow one was waited for");
+    assert_eq!(open[0]["vm_name"], slow.name.as_str());
+    eventually(LONG, "the slow revert", || {
+        guards(&agent).is_ok_and(|open| open.is_empty())
+    })?;
+    for domain in [&slow, &other] {
+        assert!(domain.has_pattern("vda", 1, 0, 65_536)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_revert_that_was_cut_off_once_it_was_done_ends_its_guard_all_the_same() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let (domain, mut agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
+    let name = domain.name.clone();
+    guarded(&agent, &domain, "1h")?;
+    agent.stop();
+    // The plan, the definition that is kept, and the revert: its fifth record.
+    agent.set_env("FAILPOINTS", "journal.record=4*off->1*return->off");
+    agent.start()?;
+    agent.set_env("FAILPOINTS", "");
+    let mut caller = agent.cli(&["revert", &name, "before"])?.spawn()?;
+    eventually(LONG, "the end of the agent", || agent.ended())?;
+    caller.kill()?;
+    caller.wait()?;
+    agent.start()?;
+    assert_eq!(domain.state()?, "running");
+    assert!(domain.has_pattern("vda", 1, 0, 65_536)?);
+    assert!(guards(&agent)?.is_empty(), "it would be taken back again");
+    agent.vmsnap(&["create", &name, "next"])?.result()?;
     Ok(())
 }

@@ -21,7 +21,7 @@ use crate::{
     counters,
     error::{Error, ErrorKind, Fault},
     events::{self, DomainEvent},
-    lanes::{Asks, Call, LANES, Lane, Lanes, OverdueCall},
+    lanes::{Asks, Bulk, Call, LANES, Lane, Lanes, OverdueCall},
     options::Options,
 };
 
@@ -316,6 +316,15 @@ impl Hypervisor {
     /// Waits until no call on this domain is past its deadline any more.
     pub async fn settled(&self, domain: &str) {
         self.0.lanes.settled(domain).await;
+    }
+
+    /// Waits for a place among the calls that copy a whole memory or disk. Whoever
+    /// makes such a call takes one before, while no guest is held, and keeps it until
+    /// the call is over.
+    ///
+    /// Dropping the future gives the wait up.
+    pub async fn bulk(&self) -> Bulk {
+        self.0.lanes.bulk().await
     }
 
     /// Versions, name and address of the host.

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | `journal.record` | | the agent is killed as soon as a record of a changing run is on disk |
 //! | | `wait FILE` | the run goes on after that record once the file is there |
+//! | `journal.begin` | | the same, as soon as a new run is on disk and before anybody drives it |
 //! | `effect.OPERATION` | `before` | the call fails and was never made |
 //! | | `after` | the call is made, and its answer is lost |
 //! | | `late MILLIS` | the call is made so much later |

@@ -6,6 +6,9 @@
 //!   reads and effects, four releases, and five that wait for an answer out of a guest;
 //! - one domain (or pool) has two reads, two effects, two questions to its guest and one release in
 //!   flight, so that a hung one cannot fill a lane;
+//! - calls that copy a whole memory or disk may take hours: two of them have places at a time, and the
+//!   others wait for those before they ask for one in a lane. So no guest stands still while others are
+//!   merged;
 //! - what is asked of agents that did not answer last time has two places in the guests' lane and two in
 //!   the releases', and freezes of the others have two, too: hooks in the guest take their time. So
 //!   neither holding a guest nor letting it go waits for the agents of others, however many hang;
@@ -36,6 +39,8 @@ const IN_FLIGHT: usize = 8;
 const GUESTS: usize = 5;
 /// Places in a lane for what is asked of agents that did not answer last time.
 const PATIENT: usize = 2;
+/// Places for calls that copy much.
+const BULK: usize = 2;
 /// Places for freezes of agents that answered.
 const FREEZES: usize = 2;
 /// A guest agent that was asked for so long and gave no answer counts as silent.
@@ -171,6 +176,13 @@ struct Ticket {
     gate: Option<Arc<Gate>>,
 }
 
+/// A place among the calls that copy much, for as long as it is kept.
+#[derive(Debug)]
+#[must_use]
+pub struct Bulk {
+    _place: Option<OwnedSemaphorePermit>,
+}
+
 /// Threads, bounds and late calls of all lanes.
 pub(crate) struct Lanes {
     lanes: [Arc<Semaphore>; LANES],
@@ -180,6 +192,7 @@ pub(crate) struct Lanes {
     patient: Arc<Semaphore>,
     freezes: Arc<Semaphore>,
     patient_release: Arc<Semaphore>,
+    bulk: Arc<Semaphore>,
     gates: Mutex<HashMap<String, Arc<Gate>>>,
     late: Arc<Late>,
     queue_deadline: Duration,
@@ -199,6 +212,7 @@ impl Lanes {
             patient: places(PATIENT),
             freezes: places(FREEZES),
             patient_release: places(PATIENT),
+            bulk: places(BULK),
             gates: Mutex::default(),
             late: Arc::default(),
             queue_deadline,
@@ -225,6 +239,15 @@ impl Lanes {
             + self.release_in_flight.available_permits()
             + self.guest_in_flight.available_permits();
         (IN_FLIGHT + PER_LANE + GUESTS).saturating_sub(free)
+    }
+
+    /// Waits, however long that takes, for a place among the calls that copy much.
+    ///
+    /// Dropping the future gives the wait up.
+    pub async fn bulk(&self) -> Bulk {
+        Bulk {
+            _place: acquire(&self.bulk).await.ok(),
+        }
     }
 
     /// Waits until no call on `scope` is late.

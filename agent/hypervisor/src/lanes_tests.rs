@@ -235,3 +235,32 @@ async fn freezes_that_hang_hold_up_neither_effects_nor_questions_nor_releases() 
         assert_eq!(freeze.await.expect("no panic"), Ok(()));
     }
 }
+
+#[tokio::test]
+async fn calls_that_copy_much_wait_for_each_other_and_leave_places_for_short_effects() {
+    let lanes = Arc::new(Lanes::new(LONG, |_| {}));
+    let (release, hung) = mpsc::channel::<()>();
+    let hung = Arc::new(Mutex::new(hung));
+    let copying: Vec<_> = (0..25)
+        .map(|n| {
+            let (lanes, hung) = (lanes.clone(), hung.clone());
+            tokio::spawn(async move {
+                let _place = lanes.bulk().await;
+                let hang = move || {
+                    let _ = lock(&hung).recv();
+                    Ok(())
+                };
+                let copy = call(&format!("vm{n}"), LONG);
+                lanes.run(Lane::Effect, copy, hang).await
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(lanes.in_flight(), BULK);
+    let suspend = lanes.run(Lane::Effect, call("next", LONG), || Ok(()));
+    assert_eq!(tokio::time::timeout(LONG, suspend).await, Ok(Ok(())));
+    drop(release);
+    for copy in copying {
+        assert_eq!(copy.await.expect("no panic"), Ok(()));
+    }
+}

@@ -46,7 +46,7 @@ pub use domain::{DomainJob, DomainState, DomainSummary, MemTune, StateReason, Vc
 pub use error::{Error, ErrorKind, What};
 pub use events::{DomainEvent, EventKind, Lifecycle};
 pub use guest::{FreezeStatus, GuestInfo, GuestInterface};
-pub use lanes::OverdueCall;
+pub use lanes::{Bulk, OverdueCall};
 pub use options::Options;
 pub use peer::peer_groups;
 pub use snapshot::{

@@ -100,6 +100,7 @@ impl WorkflowService for Service {
             plan_hash: message.plan_hash,
             timeout,
             sight: caller.sight(),
+            guard: None,
         };
         let submitted = self.0.submit(asked, how, caller.caller().clone()).await;
         let id = submitted.map_err(|fault| veil.status(&fault))?;

@@ -254,7 +254,10 @@ pub enum JournalError {
         what: String,
     },
     /// A row cannot be understood.
-    #[error("the journal's row {row} cannot be read: {what}")]
+    #[error(
+        "the journal's row {row} cannot be read ({what}): run the agent that wrote it, or move the \
+         journal aside (with its -wal and -shm files) and look at guests that were held"
+    )]
     Unreadable {
         /// Which.
         row: String,
@@ -583,7 +586,33 @@ impl Journal {
     /// # Errors
     /// When the journal cannot be read.
     pub async fn open_runs(&self) -> Result<Vec<RunRow>, JournalError> {
-        self.call(store::open_runs).await
+        match self.open_runs_and_others().await? {
+            (runs, None) => Ok(runs),
+            (_, Some(error)) => Err(error),
+        }
+    }
+
+    /// The same, and the first of those that cannot be read, which keeps nobody from
+    /// reading the others.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub async fn open_runs_and_others(
+        &self,
+    ) -> Result<(Vec<RunRow>, Option<JournalError>), JournalError> {
+        let found = self.call(store::open_runs).await?;
+        let mut runs = Vec::with_capacity(found.len());
+        let mut unreadable = None;
+        for run in found {
+            match run.map_err(|error| error.at(&self.path)) {
+                Ok(run) => runs.push(run),
+                Err(error) => {
+                    tracing::error!(%error, "an open run cannot be read, and is left open");
+                    unreadable.get_or_insert(error);
+                }
+            }
+        }
+        Ok((runs, unreadable))
     }
 
     /// The records of a run, from a number on.
@@ -701,6 +730,20 @@ impl Journal {
         self.write(move |db| store::put_guard(db, &guard)).await?;
         self.guards.notify_one();
         Ok(())
+    }
+
+    /// Has the guard that a run armed wait for a person, with the reason why, if it
+    /// still waits for its deadline. Says whether it did.
+    ///
+    /// # Errors
+    /// When it is not on disk.
+    pub async fn hold_guard(&self, run: &str, why: &str) -> Result<bool, JournalError> {
+        let (run, why) = (run.to_owned(), why.to_owned());
+        let held = self
+            .write(move |db| store::hold_guard(db, &run, why))
+            .await?;
+        self.guards.notify_one();
+        Ok(held)
     }
 
     /// Forgets the guard that a run armed.

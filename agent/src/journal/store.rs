@@ -13,7 +13,10 @@ use super::{
 };
 use crate::{
     flow::Record,
-    planning::{facts::SnapshotRecord, guard::Guard},
+    planning::{
+        facts::SnapshotRecord,
+        guard::{Guard, GuardState},
+    },
 };
 
 /// What went wrong in a statement.
@@ -292,13 +295,12 @@ pub fn runs(db: &mut Connection, filter: &RunFilter) -> Result<Vec<RunRow>> {
         .collect()
 }
 
-pub fn open_runs(db: &mut Connection) -> Result<Vec<RunRow>> {
+pub fn open_runs(db: &mut Connection) -> Result<Vec<Result<RunRow>>> {
     let mut statement = db.prepare(&format!(
         "SELECT {COLUMNS} FROM runs WHERE finished IS NULL ORDER BY id"
     ))?;
     let rows = statement.query_map([], RawRun::read)?;
-    rows.map(|row| row.map_err(Error::from).and_then(RawRun::understand))
-        .collect()
+    rows.map(|row| Ok(row?.understand())).collect()
 }
 
 /// The newest stuck runs. The status stands in the statement itself, so that the
@@ -504,6 +506,33 @@ pub fn put_guard(db: &mut Connection, guard: &Guard) -> Result<()> {
         ],
     )?;
     Ok(())
+}
+
+pub fn hold_guard(db: &mut Connection, run: &str, why: String) -> Result<bool> {
+    // One job of the journal's thread: nobody ends it in between.
+    let body: Option<String> = db
+        .query_row(
+            "SELECT body FROM guards WHERE run = ?1 AND open = 1",
+            [run],
+            |row| row.get(0),
+        )
+        .optional()?;
+    let Some(body) = body else {
+        return Ok(false);
+    };
+    let guard: Guard = from_json(&format!("guards.{run}"), &body)?;
+    if guard.state != GuardState::Pending {
+        return Ok(false);
+    }
+    put_guard(
+        db,
+        &Guard {
+            state: GuardState::Held,
+            note: why,
+            ..guard
+        },
+    )?;
+    Ok(true)
 }
 
 pub fn remove_guard(db: &mut Connection, run: &str) -> Result<()> {

@@ -47,6 +47,10 @@ impl Performer {
         new: &NewSnapshot,
         cancel: &Cancel,
     ) -> Result<Done, Fault> {
+        let _place = match new.memory {
+            NewMemory::None => None,
+            NewMemory::File(_) | NewMemory::Internal => Some(self.bulk(index, cancel).await?),
+        };
         let made = new_files(new);
         for path in &made {
             if tokio::fs::symlink_metadata(path).await.is_ok() {
@@ -276,16 +280,24 @@ impl Performer {
         Ok(super::plain(format!("consistency: {}", consistency.name())))
     }
 
-    pub(super) async fn undo_create(&self, new: &NewSnapshot) -> Result<String, Fault> {
-        let mut notes = Vec::new();
-        // libvirt may have been stopped in the middle of its own pause.
+    /// libvirt may have been stopped in the middle of its own pause.
+    pub(super) async fn ends_own_stop(
+        &self,
+        new: &NewSnapshot,
+    ) -> Result<Option<&'static str>, Fault> {
         if new.stops_guest && self.ran_before() {
             let domain = self.as_it_is_now().await?;
             if domain.state == DomainState::Paused && !domain.reason.is_io_error() {
                 self.run_again().await?;
-                notes.push("the VM runs again".to_owned());
+                return Ok(Some("the VM runs again"));
             }
         }
+        Ok(None)
+    }
+
+    pub(super) async fn undo_create(&self, new: &NewSnapshot) -> Result<String, Fault> {
+        let mut notes = Vec::new();
+        notes.extend(self.ends_own_stop(new).await?.map(str::to_owned));
         let listed = self
             .hypervisor
             .snapshots(self.vm())

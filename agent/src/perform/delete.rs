@@ -50,6 +50,11 @@ impl Performer {
         cancel: &Cancel,
     ) -> Result<Done, Fault> {
         let name = merge.name;
+        // A merge that is driven here makes short calls alone.
+        let _place = match merge.bandwidth {
+            None if !merge.metadata_only => Some(self.bulk(index, cancel).await?),
+            _ => None,
+        };
         let lower = if merge.metadata_only {
             Vec::new()
         } else {
@@ -67,7 +72,9 @@ impl Performer {
         let mut merged = match merging {
             Ok(merged) => merged,
             Err(fault) => {
-                let untouched = lower.iter().all(|lower| stamp(&lower.path) == lower.stamp);
+                // A call that is late may still write.
+                let untouched = fault.reason != Reason::HypervisorOverdue
+                    && lower.iter().all(|lower| stamp(&lower.path) == lower.stamp);
                 if untouched {
                     self.journal.forget_merge(&self.plan.vm_uuid, name).await?;
                 }

@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Performer;
 use crate::planning::{
-    Done, Fault, Reason,
+    Done, Fault, Reason, Step,
     guard::{Guard, GuardState},
 };
 
@@ -65,8 +65,19 @@ impl Performer {
         Ok(super::plain(""))
     }
 
-    /// The run that ended a guard failed: what was guarded is guarded again.
-    pub(super) async fn arm_again(&self, snapshot: &str) -> Result<String, Fault> {
+    /// The run that ended a guard failed: what was guarded is guarded again, unless
+    /// it was taken back for good.
+    pub(super) async fn arm_again(
+        &self,
+        snapshot: &str,
+        done: &[Option<Done>],
+    ) -> Result<String, Fault> {
+        let mut reverts = self.plan.steps.iter().zip(done);
+        if reverts.any(|(step, done)| {
+            matches!(step, Step::Revert { .. } | Step::RevertDisks { .. }) && done.is_some()
+        }) {
+            return Ok("the guard stays ended, as the change was taken back".into());
+        }
         let before = self
             .facts
             .as_ref()

@@ -130,7 +130,9 @@ impl Performer {
 
     /// Thaws and asks once: what makes it certain that nothing is frozen, or that
     /// it still is.
-    async fn thaw_once(&self) -> Result<Result<&'static str, Fault>, vmsnap_hypervisor::Error> {
+    pub(super) async fn thaw_once(
+        &self,
+    ) -> Result<Result<&'static str, Fault>, vmsnap_hypervisor::Error> {
         match self.hypervisor.domain(self.vm()).await {
             Ok(domain) if matches!(domain.state, DomainState::Shutoff | DomainState::Crashed) => {
                 return Ok(Ok("the VM is off, so nothing is frozen"));
@@ -158,19 +160,6 @@ impl Performer {
                 "the guest says that it is still frozen",
             )),
         })
-    }
-
-    /// Thaws the guest of a run that was given up, if it answers now; says what made
-    /// it certain that it is not frozen by that run any more.
-    ///
-    /// # Errors
-    /// When it does not answer, or says that it is still frozen.
-    pub async fn thawed_by_now(&self) -> Result<Option<&'static str>, Fault> {
-        let domain = self.hypervisor.domain(self.vm()).await;
-        if domain.is_ok_and(|domain| domain.uuid != self.plan.vm_uuid) {
-            return Ok(Some("another VM has that name now"));
-        }
-        self.thaw_once().await?.map(Some)
     }
 
     pub(super) async fn suspend(

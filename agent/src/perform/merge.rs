@@ -37,8 +37,11 @@ impl Performer {
             Err(fault) => Err(fault.clone()),
         };
         if let Err(fault) = pivoted {
-            self.abort_merges(lower.iter().map(|lower| lower.disk))
-                .await?;
+            let aborted = self.abort_merges(lower.iter().map(|lower| lower.disk));
+            if let Err(left) = aborted.await {
+                // Undoing gives them up again.
+                tracing::warn!(%left, "a merge may be open still");
+            }
             return Err(fault);
         }
         merged
@@ -152,15 +155,28 @@ impl Performer {
         Ok(())
     }
 
-    /// Gives up open merges of active images; the chain stays as it was.
+    /// Gives up open merges of active images; the chain stays as it was. A disk that
+    /// cannot be asked is no disk without a merge.
     pub(super) async fn abort_merges<'a>(
         &self,
         disks: impl Iterator<Item = &'a str>,
     ) -> Result<bool, Fault> {
         let mut any = false;
         for disk in disks {
-            let Ok(Some(job)) = self.hypervisor.block_job(self.vm(), disk).await else {
-                continue;
+            let job = match self.hypervisor.block_job(self.vm(), disk).await {
+                Ok(Some(job)) => job,
+                Ok(None) => continue,
+                // A VM that is off or gone, or has no such disk, merges nothing.
+                Err(error)
+                    if error.is_not_found()
+                        || matches!(
+                            error.kind(),
+                            ErrorKind::InvalidState | ErrorKind::InvalidArgument
+                        ) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
             };
             if job.kind == BlockJobKind::ActiveCommit {
                 self.hypervisor

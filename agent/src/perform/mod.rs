@@ -18,7 +18,7 @@ mod storage;
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -26,7 +26,7 @@ use std::{
 
 use tracing::Instrument as _;
 use vmsnap_engine::{Cancel, Hold, Perform};
-use vmsnap_hypervisor::Hypervisor;
+use vmsnap_hypervisor::{Bulk, Hypervisor};
 
 use crate::{
     flow::Snapshots,
@@ -52,6 +52,9 @@ pub struct Performer {
     patience: Duration,
     /// It was given up: it is asked once more at most.
     gave_up: AtomicBool,
+    /// Until when undoing waits for a call that was given up and is still with
+    /// libvirt; known once it had to.
+    settles_until: OnceLock<Instant>,
     /// A revert that failed went through all the same: the present state is gone
     /// but for what the run kept of it.
     went_through: AtomicBool,
@@ -84,6 +87,7 @@ impl Performer {
             held_since: Mutex::default(),
             patience,
             gave_up: AtomicBool::new(false),
+            settles_until: OnceLock::new(),
             went_through: AtomicBool::new(false),
         }
     }
@@ -187,7 +191,11 @@ impl Performer {
                 paused,
                 force,
                 ..
-            } => self.revert(name, *running, *paused, *force).await,
+            } => {
+                // Memory may be much to load.
+                let _place = self.bulk(index, cancel).await?;
+                self.revert(name, *running, *paused, *force).await
+            }
             Step::RevertDisks {
                 name,
                 disks,
@@ -269,8 +277,75 @@ impl Performer {
                     .await
             }
             Step::ArmGuard { .. } => self.disarm().await,
-            Step::EndGuard { snapshot, .. } => self.arm_again(snapshot).await,
+            Step::EndGuard { snapshot, .. } => self.arm_again(snapshot, done).await,
             _ => Ok("nothing to undo".into()),
+        }
+    }
+
+    /// A place among the calls that copy much, unless the run is stopped before there
+    /// is one: nothing was done by then.
+    async fn bulk(&self, index: usize, cancel: &Cancel) -> Result<Bulk, Fault> {
+        let place = self.hypervisor.bulk();
+        tokio::pin!(place);
+        loop {
+            tokio::select! {
+                place = &mut place => return Ok(place),
+                () = tokio::time::sleep(AGAIN) => {
+                    if cancel.is_requested() {
+                        return Err(Perform::cancelled(self, index));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until no call on the VM is late any more; false when there is no more
+    /// time for that.
+    async fn settles(&self) -> bool {
+        let until = *self
+            .settles_until
+            .get_or_init(|| Instant::now() + self.patience);
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        // What is frozen can be let go before the call comes back.
+        let freezes = |step: &Step| matches!(step, Step::Freeze { .. });
+        if self.plan.steps.iter().any(freezes)
+            && let Err(error) = self.thaw_once().await
+        {
+            tracing::debug!(%error, "the guest cannot be thawed yet");
+        }
+        let _ = tokio::time::timeout(left, self.hypervisor.settled(self.vm())).await;
+        // There may be no late call, but many others in the way.
+        tokio::time::sleep(AGAIN.min(left)).await;
+        true
+    }
+
+    /// Lets go of a guest that a run which was given up may still hold by a step;
+    /// says what makes it certain that it does not.
+    ///
+    /// # Errors
+    /// When that is not certain, or the guest cannot be let go.
+    pub async fn let_go(&self, index: usize, done: &[Option<Done>]) -> Result<String, Fault> {
+        match self.hypervisor.domain(self.vm()).await {
+            Ok(domain) if domain.uuid != self.plan.vm_uuid => {
+                return Ok("another VM has that name now".into());
+            }
+            Err(error) if error.is_not_found() => return Ok("the VM is gone".into()),
+            Ok(_) | Err(_) => {}
+        }
+        match self.plan.steps.get(index) {
+            Some(Step::Freeze { .. }) => Ok(self.thaw_once().await??.to_owned()),
+            Some(Step::Suspend { .. }) => self.undo_suspend(index, done).await,
+            Some(Step::CreateSnapshot(new)) => {
+                let resumed = self.ends_own_stop(new).await?;
+                Ok(resumed.unwrap_or("the VM does not stand still").to_owned())
+            }
+            Some(Step::DeleteSnapshot { boots_helper, .. }) => {
+                self.undo_delete(*boots_helper, false, &[]).await
+            }
+            _ => Ok("this step holds nothing".into()),
         }
     }
 
@@ -329,7 +404,8 @@ impl Perform<Snapshots> for Performer {
 
     /// Undoes a step. Without libvirt nothing can be undone, so it is waited for:
     /// a run that is given up because libvirt is being restarted leaves a guest as
-    /// no run may leave it.
+    /// no run may leave it. A call that was given up may still come to something, so
+    /// that is waited for, too, as long as a guest has to let go.
     async fn undo(
         &self,
         index: usize,
@@ -345,6 +421,12 @@ impl Perform<Snapshots> for Performer {
                         tracing::error!(%fault, "undoing waits for libvirt");
                         tokio::time::sleep(AGAIN).await;
                         self.hypervisor.is_there().await;
+                    }
+                    Err(fault)
+                        if matches!(fault.reason, Reason::VmBusy | Reason::HypervisorOverdue)
+                            && self.settles().await =>
+                    {
+                        tracing::warn!(%fault, "undoing waited for a call that is late");
                     }
                     Err(fault) => {
                         tracing::warn!(%fault, "undoing failed");

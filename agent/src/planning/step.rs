@@ -387,11 +387,12 @@ impl vmsnap_engine::Step for Step {
     }
 
     fn owed_after(&self, behind: &Self) -> bool {
-        // A reverted VM gets its state, and its variables before it.
+        // A reverted VM gets its state, and its variables before it; what it was guarded
+        // against is taken back, and must not be once more.
         matches!(behind, Self::Revert { .. } | Self::RevertDisks { .. })
             && matches!(
                 self,
-                Self::Start { .. } | Self::Stop | Self::RestoreNvram { .. }
+                Self::Start { .. } | Self::Stop | Self::RestoreNvram { .. } | Self::EndGuard { .. }
             )
     }
 }

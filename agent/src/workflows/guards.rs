@@ -3,11 +3,13 @@
 //! Invariants: a guard is acted on only at its deadline and only when the VM is
 //! as it was when it was armed; what cannot be done or is not certain is held for
 //! a person, never tried in a loop and never dropped; an open merge is waited
-//! for.
+//! for. Whatever ended a guard first has decided: a change that was confirmed is
+//! neither taken back nor held any more. No guard waits for the revert of another.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::task::{Id, JoinSet};
 use tokio_stream::StreamExt as _;
 use tracing::Instrument as _;
 
@@ -24,6 +26,11 @@ use crate::{
 
 /// How soon a guard is looked at again that something is in the way of.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How often the clock is looked at: it may be set, and the machine may sleep, and
+/// a timer knows of neither.
+const LOOK: Duration = Duration::from_secs(30);
+/// Looks that are further apart than this tell that it was so.
+const GAP: SignedDuration = SignedDuration::from_secs(90);
 
 /// What became of a guard whose time was up.
 enum Acted {
@@ -33,69 +40,120 @@ enum Acted {
     Later,
 }
 
+/// Since when the clock went on as it should: before, nobody looked after guards.
+struct Awake {
+    since: Timestamp,
+    last: Timestamp,
+}
+
+impl Awake {
+    fn from(now: Timestamp) -> Self {
+        Self {
+            since: now,
+            last: now,
+        }
+    }
+
+    /// The clock says `now`.
+    fn look(&mut self, now: Timestamp) {
+        if now.duration_since(self.last) > GAP {
+            tracing::warn!(
+                last = %self.last,
+                now = %now,
+                "the clock was set forward, or the machine slept"
+            );
+            self.since = now;
+        }
+        self.last = now;
+    }
+}
+
+/// Until when to wait for a deadline before the clock is looked at again; nothing
+/// when it is past.
+fn until(deadline: Timestamp, now: Timestamp) -> Option<Duration> {
+    let left = Duration::try_from(deadline.duration_since(now)).ok()?;
+    (!left.is_zero()).then(|| left.min(LOOK))
+}
+
 impl Workflows {
     /// Waits for deadlines, for ever. Guards that a former life of the agent left
     /// long overdue are held: after a long outage nobody knows what is wanted.
     pub async fn keep_guards(self) {
-        let started = Timestamp::now();
+        let mut awake = Awake::from(Timestamp::now());
+        let mut acting: JoinSet<()> = JoinSet::new();
+        let mut whose: HashMap<Id, String> = HashMap::new();
         loop {
-            let next = match self.due(started).await {
-                Ok(next) => next,
-                Err(fault) => {
-                    tracing::error!(%fault, "guarded changes cannot be looked at");
+            awake.look(Timestamp::now());
+            let next = match self.0.journal.open_guards().await {
+                Ok(guards) => {
+                    let mut next: Option<Duration> = None;
+                    for guard in guards {
+                        if guard.state != GuardState::Pending
+                            || whose.values().any(|run| *run == guard.run)
+                        {
+                            continue;
+                        }
+                        if let Some(wait) = until(guard.deadline, Timestamp::now()) {
+                            next = Some(next.map_or(wait, |before| before.min(wait)));
+                            continue;
+                        }
+                        let run = guard.run.clone();
+                        let task = acting.spawn(self.clone().act_on(guard, awake.since));
+                        whose.insert(task.id(), run);
+                    }
+                    next
+                }
+                Err(error) => {
+                    tracing::error!(%error, "guarded changes cannot be looked at");
                     Some(AGAIN)
                 }
             };
-            let wait = async {
-                match next {
-                    Some(wait) => tokio::time::sleep(wait).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
-                () = wait => {}
+                () = tokio::time::sleep(next.unwrap_or(LOOK)) => {}
                 () = self.0.journal.guards_changed() => {}
-            }
-        }
-    }
-
-    /// Acts on guards whose time is up; how long until the next one.
-    async fn due(&self, started: Timestamp) -> Result<Option<Duration>, Fault> {
-        let mut next: Option<Duration> = None;
-        for guard in self.0.journal.open_guards().await? {
-            if guard.state != GuardState::Pending {
-                continue;
-            }
-            let now = Timestamp::now();
-            let wait = if guard.deadline > now {
-                Duration::try_from(now.duration_until(guard.deadline)).unwrap_or_default()
-            } else {
-                // Every line on it names the run that armed it, and its VM.
-                let span = tracing::error_span!(
-                    "guard",
-                    run = %guard.run,
-                    vm = %guard.vm,
-                    snapshot = %guard.snapshot,
-                );
-                match self.act(&guard, started).instrument(span).await? {
-                    Acted::Settled => continue,
-                    Acted::Later => AGAIN,
+                Some(ended) = acting.join_next_with_id() => {
+                    let id = match ended {
+                        Ok((id, ())) => id,
+                        Err(error) => error.id(),
+                    };
+                    whose.remove(&id);
                 }
-            };
-            next = Some(next.map_or(wait, |before| before.min(wait)));
+            }
         }
-        Ok(next)
     }
 
-    async fn act(&self, guard: &Guard, started: Timestamp) -> Result<Acted, Fault> {
+    /// Acts on a guard whose time is up. When something is in the way it ends only
+    /// once it is time to look again.
+    async fn act_on(self, guard: Guard, awake: Timestamp) {
+        // Every line on it names the run that armed it, and its VM.
+        let span = tracing::error_span!(
+            "guard",
+            run = %guard.run,
+            vm = %guard.vm,
+            snapshot = %guard.snapshot,
+        );
+        let acting = async {
+            match self.act(&guard, awake).await {
+                Ok(Acted::Settled) => {}
+                Ok(Acted::Later) => tokio::time::sleep(AGAIN).await,
+                Err(fault) => {
+                    tracing::error!(%fault, "a guarded change cannot be acted on");
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        };
+        acting.instrument(span).await;
+    }
+
+    async fn act(&self, guard: &Guard, awake: Timestamp) -> Result<Acted, Fault> {
         let grace = SignedDuration::from_secs(
             i64::try_from(self.0.config.guards.grace).unwrap_or(i64::MAX),
         );
         let latest = guard.deadline.checked_add(grace).unwrap_or(Timestamp::MAX);
-        if started > latest {
+        if awake > latest {
             let why = format!(
-                "the agent was not running when the time was up at {}, and came back more than {} \
-                 s later",
+                "the agent was not running when the time was up at {}, or the clock was set, and it \
+                 came back more than {} s later",
                 guard.deadline, self.0.config.guards.grace
             );
             return self.hold(guard, why).await;
@@ -103,7 +161,14 @@ impl Workflows {
         match self.unchanged(guard).await {
             Ok(None) => {}
             Ok(Some(why)) => return self.hold(guard, why).await,
-            Err(fault) if fault.reason == Reason::HypervisorUnreachable => {
+            // Nothing was touched, and the change may be what keeps people out.
+            Err(fault)
+                if matches!(
+                    fault.reason,
+                    Reason::HypervisorUnreachable | Reason::HypervisorOverdue | Reason::VmBusy
+                ) =>
+            {
+                tracing::warn!(%fault, "the VM of a guarded change cannot be looked at yet");
                 return Ok(Acted::Later);
             }
             Err(fault) => return self.hold(guard, fault.message).await,
@@ -169,7 +234,11 @@ impl Workflows {
             transport: "self".into(),
             address: String::new(),
         };
-        let run = self.submit(request, Submission::default(), caller).await?;
+        let how = Submission {
+            guard: Some(guard.run.clone()),
+            ..Submission::default()
+        };
+        let run = self.submit(request, how, caller).await?;
         self.ended(&run).await
     }
 
@@ -196,20 +265,66 @@ impl Workflows {
         ))
     }
 
+    /// Holds a guard, unless somebody ended it meanwhile.
     async fn hold(&self, guard: &Guard, why: String) -> Result<Acted, Fault> {
-        tracing::error!(
-            deadline = %guard.deadline,
-            why = %why,
-            "a guarded change was not confirmed and is held: confirm it, or revert"
-        );
-        self.0
-            .journal
-            .put_guard(Guard {
-                state: GuardState::Held,
-                note: why,
-                ..guard.clone()
-            })
-            .await?;
+        if self.0.journal.hold_guard(&guard.run, &why).await? {
+            tracing::error!(
+                deadline = %guard.deadline,
+                why = %why,
+                "a guarded change was not confirmed and is held: confirm it, or revert"
+            );
+        } else {
+            tracing::info!(why = %why, "the guard was ended meanwhile");
+        }
         Ok(Acted::Settled)
+    }
+}
+
+/// Refuses the agent's own revert when the guard that it is for waits no more.
+///
+/// # Errors
+/// [`Reason::WorkflowState`].
+pub(super) fn still_waits(run: &str, now: Option<&Guard>) -> Result<(), Fault> {
+    match now {
+        Some(guard) if guard.run == run && guard.state == GuardState::Pending => Ok(()),
+        _ => Err(Fault::new(
+            Reason::WorkflowState,
+            format!(
+                "the change that run {run} guards was confirmed or taken back meanwhile; nothing \
+                 was touched"
+            ),
+        )
+        .with("guarded_by", run)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).expect("a time")
+    }
+
+    #[test]
+    fn the_clock_is_looked_at_again_long_before_a_late_deadline() {
+        assert_eq!(until(at(1_000_000), at(0)), Some(LOOK));
+        assert_eq!(until(at(12), at(10)), Some(Duration::from_secs(2)));
+        assert_eq!(until(at(10), at(10)), None);
+        assert_eq!(until(at(10), at(11)), None);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_forward_counts_as_an_outage_and_one_that_was_set_back_does_not() {
+        let mut awake = Awake::from(at(1_000));
+        awake.look(at(1_030));
+        awake.look(at(1_060));
+        assert_eq!(awake.since, at(1_000));
+        awake.look(at(9_000));
+        assert_eq!(awake.since, at(9_000));
+        // Back, and on from there.
+        awake.look(at(2_000));
+        awake.look(at(2_030));
+        assert_eq!(awake.since, at(9_000));
     }
 }

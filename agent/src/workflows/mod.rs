@@ -18,7 +18,7 @@ mod stuck;
 mod watch;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -29,11 +29,12 @@ use std::{
 use jiff::Timestamp;
 use tokio::{
     runtime::Handle,
-    sync::{Notify, OwnedMutexGuard, Semaphore},
+    sync::{Notify, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
 };
 use tracing::Instrument as _;
 use vmsnap_engine::{Closing, Log as _, Run};
-use vmsnap_hypervisor::Hypervisor;
+use vmsnap_hypervisor::{Hypervisor, failpoint};
 
 use crate::{
     config::Config,
@@ -61,6 +62,9 @@ pub struct Submission {
     /// Which VMs the caller sees: for him the runs of others are not there, and
     /// neither are their request ids.
     pub sight: Sight,
+    /// Only while the guard that this run armed waits: the agent's own revert, which
+    /// may get its turn after somebody confirmed.
+    pub guard: Option<String>,
 }
 
 /// The turn on one VM.
@@ -86,8 +90,8 @@ struct Inner {
     runtime: Handle,
     /// Told when a run ended.
     ended: Notify,
-    /// Stuck runs whose guests may be frozen.
-    maybe_frozen: Mutex<BTreeSet<String>>,
+    /// Stuck runs whose guests may be held, each with the step that would hold it.
+    maybe_held: Mutex<BTreeSet<(String, usize)>>,
     kept: Mutex<standing::Kept>,
 }
 
@@ -149,7 +153,7 @@ impl Workflows {
             readers: Turns::default(),
             runtime: Handle::current(),
             ended: Notify::new(),
-            maybe_frozen: Mutex::default(),
+            maybe_held: Mutex::default(),
             kept: Mutex::default(),
         }))
     }
@@ -287,32 +291,42 @@ impl Workflows {
         if let Some(other) = other {
             return self.of_plan(other, &how.plan_hash).await;
         }
-        let begun = self
-            .0
-            .journal
-            .begin(RunRow::accepted(
-                id.clone(),
-                request_id,
-                request,
-                caller,
-                Timestamp::now(),
-            ))
-            .await;
-        if let Err(error) = begun {
-            lock(&self.0.live).remove(&id);
+        let row = RunRow::accepted(id.clone(), request_id, request, caller, Timestamp::now());
+        // From here on it goes on whether or not the caller does: one that is known and
+        // that nobody drives would never end, and others would join it.
+        let beginning = self.0.runtime.spawn({
+            let workflows = self.clone();
+            async move { workflows.begin(live, row, how, place).await }
+        });
+        let begun = beginning.await;
+        begun.map_err(|_| Fault::new(Reason::ShuttingDown, "the agent is stopping"))??;
+        Ok(id)
+    }
+
+    /// Notes a run that is known, and has it driven.
+    async fn begin(
+        self,
+        live: Arc<Live>,
+        row: RunRow,
+        how: Submission,
+        place: OwnedSemaphorePermit,
+    ) -> Result<(), Fault> {
+        if let Err(error) = self.0.journal.begin(row).await {
+            lock(&self.0.live).remove(&live.id);
             let fault = Fault::from(error);
             // Somebody may have joined meanwhile.
             live.leave_open(fault.clone());
             return Err(fault);
         }
-        let workflows = self.clone();
+        failpoint::reached("journal.begin").await;
         let span = live.span();
+        let runtime = self.0.runtime.clone();
         let driving = async move {
             let _place = place;
-            workflows.drive(live, how).await;
+            self.drive(live, how).await;
         };
-        self.0.runtime.spawn(driving.instrument(span));
-        Ok(id)
+        runtime.spawn(driving.instrument(span));
+        Ok(())
     }
 
     /// Refuses a caller who has as many runs open as one caller may. What the agent
@@ -521,6 +535,11 @@ impl Workflows {
             Ok(planned) => planned,
             Err(fault) => return refuse(log, fault).await,
         };
+        if let Some(run) = &how.guard
+            && let Err(fault) = guards::still_waits(run, facts.guard.as_ref())
+        {
+            return refuse(log, fault).await;
+        }
         if !how.plan_hash.is_empty() && how.plan_hash != plan.hash {
             let fault = Fault::new(
                 Reason::PlanChanged,
@@ -631,7 +650,7 @@ impl Workflows {
             note: note.to_owned(),
         };
         self.0.journal.append(id, resolved).await?;
-        lock(&self.0.maybe_frozen).remove(id);
+        lock(&self.0.maybe_held).retain(|(run, _)| run != id);
         Ok(())
     }
 
@@ -659,38 +678,64 @@ impl Workflows {
         lock(&turn.holder).clone()
     }
 
-    /// Finishes or undoes what a former life of the agent left open. Where the
-    /// journal cannot be written, what was held is let go all the same, and the run
-    /// is closed later; nobody changes its VM before.
+    /// Finishes or undoes what a former life of the agent left open, the runs of
+    /// different VMs at once: a guest that does not answer keeps no other one held.
+    /// Where the journal cannot be written, what was held is let go all the same, and
+    /// the run is closed later; nobody changes its VM before.
     ///
     /// # Errors
-    /// When the journal cannot be read.
+    /// When the journal cannot be read. What can be read was recovered all the same.
     pub async fn recover(&self) -> Result<usize, Fault> {
-        self.find_stuck().await?;
-        let open = self.0.journal.open_runs().await?;
+        let (open, unreadable) = self.0.journal.open_runs_and_others().await?;
         let count = open.len();
+        let mut of_vms: BTreeMap<String, Vec<RunRow>> = BTreeMap::new();
         for run in open {
-            let interrupted = Fault::new(
-                Reason::Interrupted,
-                "the agent stopped in the middle of this run and undid it when it came back",
-            );
-            let Err(why) = self.recover_one(run.clone(), interrupted.clone()).await else {
-                continue;
-            };
-            tracing::error!(run = %run.id, vm = %run.request.vm, %why, "an interrupted run stays open");
-            let records = self.0.journal.records(&run.id, 1).await?;
-            let live = Live::new(run.id, run.request_id, run.request, run.caller, records);
-            // Nobody is served yet: the turn is free.
-            let turn = self.take_turn(&live);
-            lock(&self.0.live).insert(live.id.clone(), live.clone());
+            let of_vm = of_vms.entry(run.request.vm.clone()).or_default();
+            of_vm.push(run);
+        }
+        let mut recovering = JoinSet::new();
+        for runs in of_vms.into_values() {
             let workflows = self.clone();
-            tokio::spawn(async move {
-                let _turn = turn;
-                workflows.close_later(&live, why, interrupted).await;
-                lock(&workflows.0.live).remove(&live.id);
+            recovering.spawn(async move {
+                for run in runs {
+                    workflows.recover_or_leave_open(run).await;
+                }
             });
         }
-        Ok(count)
+        while let Some(recovered) = recovering.join_next().await {
+            if let Err(error) = recovered {
+                tracing::error!(%error, "recovering a run ended early");
+            }
+        }
+        self.find_stuck().await?;
+        match unreadable {
+            None => Ok(count),
+            Some(error) => Err(error.into()),
+        }
+    }
+
+    async fn recover_or_leave_open(&self, run: RunRow) {
+        let interrupted = Fault::new(
+            Reason::Interrupted,
+            "the agent stopped in the middle of this run and undid it when it came back",
+        );
+        let Err(why) = self.recover_one(run.clone(), interrupted.clone()).await else {
+            return;
+        };
+        tracing::error!(run = %run.id, vm = %run.request.vm, %why, "an interrupted run stays open");
+        let records = self.0.journal.records(&run.id, 1).await;
+        // Without them it is shown as it is: open, and why.
+        let records = records.unwrap_or_default();
+        let live = Live::new(run.id, run.request_id, run.request, run.caller, records);
+        // Nobody is served yet: the turn is free.
+        let turn = self.take_turn(&live);
+        lock(&self.0.live).insert(live.id.clone(), live.clone());
+        let workflows = self.clone();
+        self.0.runtime.spawn(async move {
+            let _turn = turn;
+            workflows.close_later(&live, why, interrupted).await;
+            lock(&workflows.0.live).remove(&live.id);
+        });
     }
 
     /// Removes what the audit trail need not keep any more.
@@ -730,8 +775,36 @@ impl Workflows {
         }
     }
 
+    /// Closes a run whose records cannot be read: somebody has to look at its VM.
+    async fn not_to_be_recovered(&self, run: &RunRow, error: JournalError) -> Result<(), Fault> {
+        let fault = Fault::from(error);
+        let message = format!(
+            "{}; so it is not known what this run did to VM '{}' before the agent stopped: look \
+             whether it runs, is thawed and has no block job, and resolve the run",
+            fault.message, run.request.vm
+        );
+        tracing::error!(
+            run = %run.id,
+            vm = %run.request.vm,
+            %message,
+            "a run is stuck: look at the VM, then say what was done with 'vmsnap resolve'"
+        );
+        let closed = Record::Closed {
+            closing: Closing::Stuck,
+            outcome: None,
+            fault: Some(Fault { message, ..fault }),
+        };
+        self.0.journal.append(&run.id, closed).await?;
+        Ok(())
+    }
+
     async fn recover_one(&self, run: RunRow, fault: Fault) -> Result<(), Fault> {
-        let records = self.0.journal.records(&run.id, 1).await?;
+        let records = match self.0.journal.records(&run.id, 1).await {
+            Err(error @ JournalError::Unreadable { .. }) => {
+                return self.not_to_be_recovered(&run, error).await;
+            }
+            records => records?,
+        };
         let live = Live::new(
             run.id.clone(),
             run.request_id,

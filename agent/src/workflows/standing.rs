@@ -88,12 +88,11 @@ impl Workflows {
         for run in runs {
             // One that cannot be read back is stuck all the same.
             let records = journal.records(&run.id, 1).await.unwrap_or_default();
-            let mut stuck_run = stuck_run(run, &records);
-            // What was thawed since is not in its records.
-            if !lock(&self.0.maybe_frozen).contains(&stuck_run.id) {
-                stuck_run.holds.retain(|one| one.hold != Hold::Frozen);
-            }
-            stuck.push(stuck_run);
+            // What was let go since is not in its records.
+            let maybe = lock(&self.0.maybe_held).clone();
+            let held = |step: usize| maybe.contains(&(run.id.clone(), step));
+            let holds = stuck_holds(&records, held);
+            stuck.push(stuck_run(run, holds));
         }
         Ok(Kept {
             stuck,
@@ -111,14 +110,18 @@ fn open(live: &Live) -> OpenRun {
         vm: live.request.vm.clone(),
         action: live.request.action.name(),
         started: live.started,
-        holds: holds(&state, records.iter().map(AsRef::as_ref)),
+        holds: holds(&state, records.iter().map(AsRef::as_ref), |_| true),
     }
 }
 
-fn stuck_run(run: RunRow, records: &[Stamped]) -> StuckRun {
+fn stuck_holds(records: &[Stamped], held: impl Fn(usize) -> bool) -> Vec<Held> {
     let state = RunState::fold(records.iter().map(|record| &record.record)).unwrap_or_default();
+    holds(&state, records.iter(), held)
+}
+
+fn stuck_run(run: RunRow, holds: Vec<Held>) -> StuckRun {
     StuckRun {
-        holds: holds(&state, records.iter()),
+        holds,
         vm: run.request.vm,
         action: run.request.action.name(),
         since: run.finished.unwrap_or(run.started),
@@ -127,11 +130,16 @@ fn stuck_run(run: RunRow, records: &[Stamped]) -> StuckRun {
     }
 }
 
-/// Open holds, each since its step began.
-fn holds<'a>(state: &RunState, records: impl Iterator<Item = &'a Stamped> + Clone) -> Vec<Held> {
+/// Open holds of the steps that are `held`, each since its step began.
+fn holds<'a>(
+    state: &RunState,
+    records: impl Iterator<Item = &'a Stamped> + Clone,
+    held: impl Fn(usize) -> bool,
+) -> Vec<Held> {
     state
         .open_holds()
         .into_iter()
+        .filter(|(step, _)| held(*step))
         .filter_map(|(step, hold): (usize, Hold)| {
             let begun = records.clone().find(|record| {
                 matches!(record.record, crate::flow::Record::StepStarted { index } if index == step)

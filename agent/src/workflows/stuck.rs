@@ -1,13 +1,12 @@
-//! Guests that a stuck run may have left frozen.
+//! Guests that a stuck run may have left frozen or paused.
 //!
 //! Invariants: such a guest is asked until it says something definite, also by the
-//! next life of the agent, and thawed if it is still frozen; the run stays stuck
-//! until a person resolves it, and from then on its guest is left alone.
+//! next life of the agent, and let go if it is still held: what was done to it may
+//! come true long after it was given up. Once that is certain of a hold, it is left
+//! alone, because somebody else may take one. The run stays stuck until a person
+//! resolves it, and from then on its guest is left alone.
 
 use std::time::Duration;
-
-use tracing::Instrument as _;
-use vmsnap_engine::Hold;
 
 use super::{Live, Workflows, lock};
 use crate::{
@@ -16,6 +15,7 @@ use crate::{
     perform::Performer,
     planning::Fault,
 };
+use tracing::Instrument as _;
 
 /// Pause between two rounds of questions.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -26,12 +26,12 @@ impl Workflows {
     /// Asks the guests of stuck runs, for ever.
     pub async fn keep_stuck(self) {
         loop {
-            let runs: Vec<String> = lock(&self.0.maybe_frozen).iter().cloned().collect();
-            for run in runs {
-                match self.let_go(&run).await {
-                    Ok(None) => {}
-                    Ok(Some(_)) => {
-                        lock(&self.0.maybe_frozen).remove(&run);
+            let held: Vec<(String, usize)> = lock(&self.0.maybe_held).iter().cloned().collect();
+            // What was taken last is let go first: who stands still cannot be thawed.
+            for (run, step) in held.into_iter().rev() {
+                match self.let_go(&run, step).await {
+                    Ok(()) => {
+                        lock(&self.0.maybe_held).remove(&(run, step));
                     }
                     Err(fault) => {
                         tracing::debug!(run = %run, %fault, "the guest of a stuck run does not answer");
@@ -58,7 +58,10 @@ impl Workflows {
                 vm = %run.request.vm,
                 "a run is stuck: look at the VM, then say what was done with 'vmsnap resolve'"
             );
-            self.is_stuck(&run.id).await?;
+            // What cannot be read does not keep others from being let go.
+            if let Err(fault) = self.is_stuck(&run.id).await {
+                tracing::error!(run = %run.id, %fault, "it is not known what this run holds");
+            }
         }
         Ok(())
     }
@@ -66,13 +69,8 @@ impl Workflows {
     /// Takes care of the guest of a run that is stuck.
     pub(super) async fn is_stuck(&self, run: &str) -> Result<(), Fault> {
         let state = self.read_state(run).await?;
-        if state
-            .open_holds()
-            .iter()
-            .any(|(_, hold)| *hold == Hold::Frozen)
-        {
-            lock(&self.0.maybe_frozen).insert(run.to_owned());
-        }
+        let open = state.open_holds().into_iter();
+        lock(&self.0.maybe_held).extend(open.map(|(step, _)| (run.to_owned(), step)));
         Ok(())
     }
 
@@ -86,21 +84,27 @@ impl Workflows {
         Ok(state)
     }
 
-    /// What made it certain that the guest is not frozen any more by this run.
-    async fn let_go(&self, id: &str) -> Result<Option<&'static str>, Fault> {
+    /// Lets go of a guest that a step of a run may hold.
+    ///
+    /// # Errors
+    /// When it is not certain yet that it does not.
+    async fn let_go(&self, id: &str, step: usize) -> Result<(), Fault> {
         let run = self.run(id).await?;
-        let plan = self.read_state(id).await?.plan;
-        let (RunStatus::Stuck, Some(plan)) = (run.status, plan) else {
-            return Ok(Some("the run was resolved"));
+        let state = self.read_state(id).await?;
+        let done = state.done();
+        let (RunStatus::Stuck, Some(plan)) = (run.status, state.plan) else {
+            // Somebody resolved it.
+            return Ok(());
         };
         let live = Live::new(run.id, run.request_id, run.request, run.caller, Vec::new());
         let span = live.span();
         let performer = self.performer(&live, *plan, None);
-        let note = performer.thawed_by_now().instrument(span.clone()).await?;
-        if let Some(note) = note {
-            span.in_scope(|| tracing::warn!(note, "the guest of a stuck run was let go"));
-        }
-        Ok(note)
+        let note = performer
+            .let_go(step, &done)
+            .instrument(span.clone())
+            .await?;
+        span.in_scope(|| tracing::warn!(note, "a stuck run holds its guest no more"));
+        Ok(())
     }
 
     /// Does the steps of a run.

@@ -162,6 +162,31 @@ fn merge_of(vm: &str) -> v1::WorkflowSpec {
     }
 }
 
+#[test]
+fn a_run_whose_caller_is_gone_before_it_began_is_driven_all_the_same() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let mut agent = lab.agent("")?;
+    let domain = lab.blank(&BlankSpec {
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    agent.stop();
+    let go = agent.folder().join("go");
+    let wait = format!("journal.begin=1*return(wait {})->off", go.display());
+    agent.set_env("FAILPOINTS", &wait);
+    agent.start()?;
+    let words = ["create", domain.name.as_str(), "s"];
+    let caller = start(&agent, &words)?;
+    eventually(SOON, "run", || agent.log().contains("failpoint reached"))?;
+    end(caller)?;
+    // The agent has heard of that.
+    std::thread::sleep(Duration::from_secs(1));
+    fs::write(go, "")?;
+    closed(&agent, &domain.name, "succeeded")?;
+    assert_eq!(domain.snapshots()?, ["s"]);
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_watchers_slow_no_run_and_those_that_do_not_read_cost_little() -> Result<()> {
     let lab = Lab::from_env()?;

@@ -5,6 +5,7 @@
 mod callers;
 mod guests;
 mod journal;
+mod late;
 mod space;
 
 use std::{

@@ -10,7 +10,7 @@ use std::{path::Path, time::Duration};
 use vmsnap_hypervisor::{DomainState, DomainSummary, ErrorKind, Hypervisor, What, Xml, image};
 
 use super::{Kept, Performer, overlays_beside, owner};
-use crate::planning::{Done, Fault, Reason, Step, facts::VmState};
+use crate::planning::{Done, Fault, Reason, Step, facts::VmState, guard::GuardState};
 
 /// How often a VM that is going down is looked at before it is taken as it is.
 const SETTLE: u32 = 40;
@@ -102,6 +102,8 @@ impl Performer {
             ),
             "",
         );
+        // What this snapshot guarded is taken back.
+        self.end_guard(name, GuardState::Reverted).await?;
         let record = self.hypervisor.snapshot_xml(self.vm(), name).await?;
         self.redefine(&record, name, true).await?;
         // It may have been cut off before the record named the new overlays.
