@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeSet,
     path::Path,
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -16,7 +17,7 @@ use tokio::sync::broadcast;
 use vmsnap_engine::Cancel;
 use vmsnap_hypervisor::{
     DomainEvent, DomainState, ErrorKind, Lifecycle, SnapshotDiskMode, SnapshotDiskSpec,
-    SnapshotMemory, SnapshotSpec, flush,
+    SnapshotInfo, SnapshotMemory, SnapshotMemoryInfo, SnapshotSpec, flush,
 };
 
 use super::Performer;
@@ -81,6 +82,9 @@ impl Performer {
             }
         };
         if let Err(error) = result {
+            if *error.kind() == ErrorKind::AlreadyExists {
+                self.name_taken.store(true, Ordering::Relaxed);
+            }
             return Err(self.explain(error, new).await);
         }
         if let Some(report) = flushed
@@ -298,13 +302,14 @@ impl Performer {
     pub(super) async fn undo_create(&self, new: &NewSnapshot) -> Result<String, Fault> {
         let mut notes = Vec::new();
         notes.extend(self.ends_own_stop(new).await?.map(str::to_owned));
-        let listed = self
-            .hypervisor
-            .snapshots(self.vm())
-            .await?
-            .iter()
-            .any(|snapshot| snapshot.name == new.name);
-        if listed {
+        let all = self.hypervisor.snapshots(self.vm()).await?;
+        let listed = all.into_iter().find(|snapshot| snapshot.name == new.name);
+        if listed.as_ref().map_or_else(
+            || self.name_taken.load(Ordering::Relaxed),
+            |found| !self.made(new, found),
+        ) {
+            notes.push("what has that name is not of this run, and stays".to_owned());
+        } else if listed.is_some() {
             self.hypervisor
                 .delete_snapshot(
                     self.vm(),
@@ -320,6 +325,22 @@ impl Performer {
         }
         notes.push(self.remove_unused(&new_files(new)).await?);
         Ok(notes.join("; "))
+    }
+
+    /// Whether a snapshot with the name of a new one is that, and not what somebody
+    /// else made since the plan was made. An external one tells by its files, which
+    /// were not there before; an internal one only by libvirt's answer.
+    fn made(&self, new: &NewSnapshot, found: &SnapshotInfo) -> bool {
+        let files = new_files(new);
+        if files.is_empty() {
+            return !self.name_taken.load(Ordering::Relaxed);
+        }
+        let memory = match &found.memory {
+            SnapshotMemoryInfo::External { file, .. } => Some(file),
+            _ => None,
+        };
+        let overlays = found.disks.iter().filter_map(|disk| disk.file.as_ref());
+        overlays.chain(memory).any(|file| files.contains(file))
     }
 
     /// An internal snapshot that an interrupted call left in an image blocks its

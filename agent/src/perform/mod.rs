@@ -26,7 +26,7 @@ use std::{
 
 use tracing::Instrument as _;
 use vmsnap_engine::{Cancel, Hold, Perform};
-use vmsnap_hypervisor::{Bulk, Hypervisor};
+use vmsnap_hypervisor::{Bulk, DomainState, Hypervisor};
 
 use crate::{
     flow::Snapshots,
@@ -55,6 +55,9 @@ pub struct Performer {
     /// Until when undoing waits for a call that was given up and is still with
     /// libvirt; known once it had to.
     settles_until: OnceLock<Instant>,
+    /// libvirt said that the name of the new snapshot is taken: what has it was made
+    /// by somebody else since the plan was made.
+    name_taken: AtomicBool,
     /// A revert that failed went through all the same: the present state is gone
     /// but for what the run kept of it.
     went_through: AtomicBool,
@@ -88,6 +91,7 @@ impl Performer {
             patience,
             gave_up: AtomicBool::new(false),
             settles_until: OnceLock::new(),
+            name_taken: AtomicBool::new(false),
             went_through: AtomicBool::new(false),
         }
     }
@@ -342,8 +346,17 @@ impl Performer {
                 let resumed = self.ends_own_stop(new).await?;
                 Ok(resumed.unwrap_or("the VM does not stand still").to_owned())
             }
-            Some(Step::DeleteSnapshot { boots_helper, .. }) => {
-                self.undo_delete(*boots_helper, false, &[]).await
+            // By now it may be somebody's pause, and a helper that is switched off is lost
+            // to him.
+            Some(Step::DeleteSnapshot { .. }) => {
+                let state = self.hypervisor.domain(self.vm()).await?.state;
+                if state != DomainState::Paused {
+                    return Ok("no helper is left".into());
+                }
+                Err(Fault::new(
+                    Reason::DomainState,
+                    "the VM stands still, which may be libvirt's helper for a merge",
+                ))
             }
             _ => Ok("this step holds nothing".into()),
         }

@@ -3,6 +3,7 @@
 //! please. virsh, qemu-img, the guest and /proc are the witnesses.
 
 mod callers;
+mod foreign;
 mod guests;
 mod journal;
 mod late;

@@ -1,0 +1,44 @@
+//! What somebody else does in the middle of a run.
+
+use std::fs;
+
+use anyhow::{Result, anyhow};
+use vmsnap_tests::{BlankSpec, Lab, command::run, eventually};
+
+use super::{LONG, SOON, cli, newest, pausing, told};
+
+#[test]
+fn a_snapshot_that_somebody_else_makes_under_the_same_name_is_not_undone() -> Result<()> {
+    let lab = Lab::from_env()?;
+    for (kind, foreign) in [
+        ("external", &["--disk-only", "--atomic"][..]),
+        ("internal", &[]),
+    ] {
+        let (domain, mut agent) = (lab.blank(&BlankSpec::default())?, lab.agent("")?);
+        let name = domain.name.as_str();
+        domain.write_pattern("vda", 1, 0, 65_536)?;
+        // It stands still once the plan is made.
+        let go = pausing(&mut agent, 0)?;
+        let mut command = agent.cli(&["create", name, "s", "--kind", kind])?;
+        let caller = std::thread::spawn(move || run(&mut command, None, LONG));
+        eventually(SOON, "plan", || agent.log().contains("failpoint reached"))?;
+        let words = [&["s"], foreign].concat();
+        domain.virsh("snapshot-create-as", &words)?;
+        let files = domain.files()?;
+        fs::write(go, "")?;
+        let output = caller
+            .join()
+            .map_err(|_| anyhow!("the caller panicked"))??;
+        let refused = cli(&output)?;
+        let message = told(&refused)?["message"].to_string();
+        assert!(message.contains("exists already"), "{kind}: {message}");
+        assert_eq!(newest(&agent, name)?["state"], "failed", "{kind}");
+        assert_eq!(domain.snapshots()?, ["s"], "{kind}");
+        assert_eq!(domain.files()?, files, "{kind}");
+        assert_eq!(domain.state()?, "running", "{kind}");
+        domain.write_pattern("vda", 2, 0, 65_536)?;
+        agent.vmsnap(&["revert", name, "s"])?.result()?;
+        assert!(domain.has_pattern("vda", 1, 0, 65_536)?, "{kind}");
+    }
+    Ok(())
+}
