@@ -49,12 +49,19 @@ impl Performer {
             }
             Err(error) => Fault::new(
                 match error.kind() {
-                    ErrorKind::AgentFailed | ErrorKind::GuestFrozen => Reason::GuestAgentFailed,
+                    ErrorKind::AgentFailed => Reason::GuestAgentFailed,
                     _ => crate::faults::reason(&error),
                 },
                 sentence(&error),
             ),
         };
+        if problem.reason == Reason::GuestFrozen {
+            // The agent in the guest refused, because it was frozen by then: whoever did
+            // that relies on it.
+            self.frozen_by_others.store(true, Ordering::Relaxed);
+            self.hold_ends(Hold::Frozen);
+            return Err(problem);
+        }
         // The freeze may still land, or have landed in part.
         self.ensure_thawed().await?;
         self.hold_ends(Hold::Frozen);
@@ -90,6 +97,9 @@ impl Performer {
     /// Thaws and asks until the guest says that it is thawed. The time for that
     /// begins when the guest could be asked at all.
     pub(super) async fn ensure_thawed(&self) -> Result<String, Fault> {
+        if self.frozen_by_others.load(Ordering::Relaxed) {
+            return Ok("the guest was frozen by somebody else, and not by this run".into());
+        }
         let give_up = Instant::now() + UNTIL_ASKED;
         let mut deadline = self.gave_up.load(Ordering::Relaxed).then(Instant::now);
         loop {

@@ -55,6 +55,8 @@ pub struct Performer {
     /// Until when undoing waits for a call that was given up and is still with
     /// libvirt; known once it had to.
     settles_until: OnceLock<Instant>,
+    /// The guest was frozen by somebody else when it was to be frozen.
+    frozen_by_others: AtomicBool,
     /// libvirt said that the name of the new snapshot is taken: what has it was made
     /// by somebody else since the plan was made.
     name_taken: AtomicBool,
@@ -91,6 +93,7 @@ impl Performer {
             patience,
             gave_up: AtomicBool::new(false),
             settles_until: OnceLock::new(),
+            frozen_by_others: AtomicBool::new(false),
             name_taken: AtomicBool::new(false),
             went_through: AtomicBool::new(false),
         }

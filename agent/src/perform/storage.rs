@@ -25,6 +25,7 @@ impl Performer {
         online: bool,
     ) -> Result<Done, Fault> {
         if online {
+            self.still_grows(disk, bytes).await?;
             self.hypervisor.block_resize(self.vm(), disk, bytes).await?;
             return Ok(Done::Resized { bytes });
         }
@@ -55,6 +56,31 @@ impl Performer {
             }
         }
         Ok(Done::Resized { bytes })
+    }
+
+    /// QEMU shrinks the disk of a running guest without a question: somebody may have
+    /// made it larger since the plan was made.
+    async fn still_grows(&self, disk: &str, bytes: u64) -> Result<(), Fault> {
+        let Some(DiskImage { path, format }) = self.observer.disk_image(self.vm(), disk).await?
+        else {
+            return Ok(());
+        };
+        let now = image::info(Path::new(&path), format.as_deref()).await?;
+        if now.virtual_size <= bytes {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Reason::ShrinkRefused,
+            format!(
+                "disk {disk} of VM '{}' has {} bytes by now, more than the {bytes} that it was to \
+                 have: a running guest's disk is not shrunk",
+                self.vm(),
+                now.virtual_size
+            ),
+        )
+        .with("disk", disk)
+        .with("present_bytes", now.virtual_size)
+        .with("asked_bytes", bytes))
     }
 
     pub(super) async fn delete_volume(
