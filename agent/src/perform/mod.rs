@@ -55,6 +55,8 @@ pub struct Performer {
     /// Until when undoing waits for a call that was given up and is still with
     /// libvirt; known once it had to.
     settles_until: OnceLock<Instant>,
+    /// Nobody knows how far the call came that a step failed with.
+    cut_off: AtomicBool,
     /// The guest was frozen by somebody else when it was to be frozen.
     frozen_by_others: AtomicBool,
     /// libvirt said that the name of the new snapshot is taken: what has it was made
@@ -93,6 +95,7 @@ impl Performer {
             patience,
             gave_up: AtomicBool::new(false),
             settles_until: OnceLock::new(),
+            cut_off: AtomicBool::new(false),
             frozen_by_others: AtomicBool::new(false),
             name_taken: AtomicBool::new(false),
             went_through: AtomicBool::new(false),
@@ -412,6 +415,11 @@ impl Perform<Snapshots> for Performer {
             let taken = self.take(index, step, done, cancel).await;
             taken.map_err(|fault| {
                 tracing::info!(%fault, "step failed");
+                let unknown = matches!(
+                    fault.reason,
+                    Reason::HypervisorUnreachable | Reason::HypervisorOverdue
+                );
+                self.cut_off.store(unknown, Ordering::Relaxed);
                 self.placed(fault, step)
             })
         };

@@ -175,7 +175,11 @@ impl Workflows {
         }
         tracing::warn!("nobody confirmed: reverting");
         match self.take_back(guard).await {
-            Ok(()) => Ok(Acted::Settled),
+            // It has ended the guard. Otherwise a person has to: it is not reverted twice.
+            Ok(()) => {
+                let why = "the VM was reverted, and the guard did not end with that";
+                self.hold(guard, why.into()).await
+            }
             // A merge ends some time, the agent is started again, libvirt comes back,
             // somebody makes room for the journal.
             Err(fault)
@@ -274,7 +278,7 @@ impl Workflows {
                 "a guarded change was not confirmed and is held: confirm it, or revert"
             );
         } else {
-            tracing::info!(why = %why, "the guard was ended meanwhile");
+            tracing::debug!(why = %why, "the guard is ended");
         }
         Ok(Acted::Settled)
     }

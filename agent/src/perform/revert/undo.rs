@@ -5,7 +5,7 @@
 //! exist and that no restore point needs: starting on a frozen base would write
 //! into every snapshot above it. What went through stays.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::atomic::Ordering, time::Duration};
 
 use vmsnap_hypervisor::{DomainState, DomainSummary, ErrorKind, Hypervisor, What, Xml, image};
 
@@ -14,6 +14,9 @@ use crate::planning::{Done, Fault, Reason, Step, facts::VmState, guard::GuardSta
 
 /// How often a VM that is going down is looked at before it is taken as it is.
 const SETTLE: u32 = 40;
+/// How often a VM that may have been told to end is looked at before it is taken for
+/// untouched.
+const ENDING: u32 = 12;
 /// Pause between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
@@ -133,7 +136,7 @@ impl Performer {
 
     /// What the failed revert left, once the VM has settled.
     async fn left(&self, kept: &Kept<'_>) -> Result<Left, Fault> {
-        let domain = self.settled().await?;
+        let domain = self.settled(kept).await?;
         let on = matches!(domain.state, DomainState::Running | DomainState::Paused);
         if !on || domain.reason.is_migrating() {
             return Ok(Left::Off);
@@ -168,14 +171,21 @@ impl Performer {
     }
 
     /// A QEMU that is only just coming up or going down settles first. One that is
-    /// still loading memory may have been given up: that is not waited for long.
-    async fn settled(&self) -> Result<DomainSummary, Fault> {
+    /// still loading memory may have been given up: that is not waited for long. One
+    /// that libvirt told to end before it was cut off itself looks for a while as if
+    /// nothing had happened.
+    async fn settled(&self, kept: &Kept<'_>) -> Result<DomainSummary, Fault> {
+        // In recovery nobody knows how far the call came.
+        let cut_off = self.facts.is_none() || self.cut_off.load(Ordering::Relaxed);
         let mut tries = 0;
         loop {
-            let domain = self.hypervisor.domain(self.vm()).await?;
+            let domain = self.as_it_is_now().await?;
             let patience = match domain.state {
                 DomainState::Shutdown => SETTLE,
                 _ if domain.reason.is_migrating() => SETTLE / 10,
+                DomainState::Running | DomainState::Paused if cut_off && domain.id == kept.id => {
+                    ENDING
+                }
                 _ => 0,
             };
             if tries >= patience {
