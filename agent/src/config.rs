@@ -139,7 +139,8 @@ pub struct Journal {
     /// Entries of the audit trail that stay at most of what was done, and a tenth as
     /// many of what was denied.
     pub keep_audit: u32,
-    /// MiB of runs from which on the oldest go, however young they are.
+    /// MiB of runs from which on the oldest go, however young they are; those that only
+    /// listed go first.
     pub max_mib: u32,
 }
 

@@ -212,7 +212,8 @@ pub struct Retention {
     pub before: Option<Timestamp>,
     /// So many of the newest stay, whatever their age.
     pub keep: u32,
-    /// From so many bytes on, the oldest go whatever their age.
+    /// From so many bytes on, the oldest go whatever their age, those that only read
+    /// first.
     pub bytes: u64,
 }
 

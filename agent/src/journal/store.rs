@@ -665,6 +665,8 @@ const NEWEST: u32 = 20;
 /// Free pages that are not given back: the next run uses them.
 const SPARE: u64 = 64;
 
+/// The action of runs that only read.
+const LISTS: &str = "list";
 /// What keeps a run from being removed, as a condition.
 const MAY_GO: &str = "finished IS NOT NULL AND status != 'stuck' \
                       AND id NOT IN (SELECT run FROM guards WHERE open = 1)";
@@ -685,15 +687,23 @@ pub fn prune(db: &mut Connection, stay: Retention) -> Result<Pruned> {
     }
     let mut more = gone >= AT_ONCE as usize;
     if !more && used(db)? > stay.bytes {
-        let large = db.execute(
-            &format!(
-                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE {MAY_GO} \
-                 AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT {NEWEST}) \
-                 ORDER BY id LIMIT {})",
-                AT_ONCE / 10
-            ),
-            [],
-        )?;
+        // What only read goes first: whoever looks often must not push out what was done.
+        let mut large = 0;
+        for only_read in [true, false] {
+            large = db.execute(
+                &format!(
+                    "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE {MAY_GO} \
+                     AND (action = ?1) = ?2 \
+                     AND id NOT IN (SELECT id FROM runs ORDER BY id DESC LIMIT {NEWEST}) \
+                     ORDER BY id LIMIT {})",
+                    AT_ONCE / 10
+                ),
+                params![LISTS, only_read],
+            )?;
+            if large > 0 {
+                break;
+            }
+        }
         more = large > 0;
         gone += large;
     }

@@ -1,7 +1,7 @@
 use vmsnap_engine::Closing;
 
 use super::*;
-use crate::planning::request::{Action, List};
+use crate::planning::request::{Action, Create, List};
 
 fn folder() -> PathBuf {
     let path = std::env::temp_dir().join(format!("vmsnap-journal-{}", uuid::Uuid::now_v7()));
@@ -359,6 +359,35 @@ async fn the_journal_stays_within_its_bytes_while_runs_come_and_gives_room_back(
     while journal.prune(least).await.unwrap().more {}
     assert!(journal.run("run-0380").await.unwrap().is_some());
     assert!(journal.run("run-0379").await.unwrap().is_none());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[tokio::test]
+async fn runs_that_only_read_go_before_those_that_did_something() {
+    let folder = folder();
+    let path = folder.join("journal.db");
+    let journal = Journal::open(&path).unwrap();
+    let mut created = row("run-0000");
+    created.request.action = Action::Create(Create::default());
+    journal.begin(created).await.unwrap();
+    journal.append("run-0000", closed()).await.unwrap();
+    let stay = Retention {
+        before: None,
+        keep: 0,
+        bytes: 1 << 20,
+    };
+    for number in 1..100 {
+        let id = format!("run-{number:04}");
+        journal.begin(row(&id)).await.unwrap();
+        journal.append(&id, long(20_000)).await.unwrap();
+        while journal.prune(stay).await.unwrap().more {}
+    }
+    assert!(journal.run("run-0000").await.unwrap().is_some());
+    assert!(journal.run("run-0001").await.unwrap().is_none());
+    // Not for ever: with too little room for the newest, it goes as well.
+    let least = Retention { bytes: 1, ..stay };
+    while journal.prune(least).await.unwrap().more {}
+    assert!(journal.run("run-0000").await.unwrap().is_none());
     std::fs::remove_dir_all(folder).unwrap();
 }
 

@@ -213,3 +213,24 @@ fn a_resize_counts_only_snapshots_that_are_left() {
     assert_eq!(names(&dropped), ["delete-snapshot", "resize"]);
     assert!(dropped.warnings.is_empty(), "{:?}", dropped.warnings);
 }
+
+#[test]
+fn a_chain_at_its_limit_takes_no_further_image_and_one_in_place_of_another() {
+    let mut facts = with_chain(running(), 3);
+    facts.host.max_chain = 4;
+    let asked = |name: &str, if_exists| {
+        request(Action::Create(Create {
+            if_exists,
+            ..create(name)
+        }))
+    };
+    let fault = plan(&asked("s3", IfExists::Fail), &facts).unwrap_err();
+    assert_eq!(fault.reason, Reason::ChainTooDeep);
+    assert_eq!(fault.metadata["depth"], "4");
+    let replacing = plan(&asked("s2", IfExists::Replace), &facts).unwrap();
+    assert_eq!(names(&replacing)[0], "delete-snapshot");
+    // One image goes for the one that comes, and no more.
+    facts.host.max_chain = 3;
+    let fault = plan(&asked("s2", IfExists::Replace), &facts).unwrap_err();
+    assert_eq!(fault.metadata["depth"], "3");
+}

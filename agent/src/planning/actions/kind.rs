@@ -39,7 +39,8 @@ pub fn choose(
             .iter()
             .any(|step| matches!(step, Step::DeleteSnapshot { name, .. } if *name == snapshot.name))
     };
-    let left: Vec<&Snapshot> = facts.snapshots.iter().filter(|s| !replaced(s)).collect();
+    let (going, left): (Vec<&Snapshot>, Vec<&Snapshot>) =
+        facts.snapshots.iter().partition(|one| replaced(one));
     let first = |kind: Kind| left.iter().copied().find(|s| s.kind == kind);
     let (internal, external) = (first(Kind::Internal), first(Kind::External));
     let mixed = first(Kind::Mixed);
@@ -104,7 +105,7 @@ pub fn choose(
         }
     };
     match kind {
-        Kind::External => external_possible(excluded, facts)?,
+        Kind::External => external_possible(excluded, &going, facts)?,
         Kind::Internal => internal_possible(state, excluded, facts)?,
         // Refused above.
         Kind::Mixed => {}
@@ -112,7 +113,8 @@ pub fn choose(
     Ok(kind)
 }
 
-fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
+/// Refuses what external snapshots cannot do here; `going` are deleted before.
+fn external_possible(excluded: &[String], going: &[&Snapshot], facts: &Facts) -> Result<(), Fault> {
     if !facts.host.reverts_external() || !facts.host.deletes_external() {
         return Err(Fault::new(
             Reason::KindUnsupported,
@@ -186,7 +188,8 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
             .with("disk", &disk.target)
             .with("source", &disk.path));
         }
-        let depth = disk.chain.len();
+        let merged = going.iter().filter(|one| merges_into(one, disk)).count();
+        let depth = disk.chain.len().saturating_sub(merged);
         if depth >= facts.host.max_chain as usize {
             return Err(Fault::new(
                 Reason::ChainTooDeep,
@@ -202,6 +205,18 @@ fn external_possible(excluded: &[String], facts: &Facts) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+/// Whether deleting a snapshot makes the chain of a disk shorter by one image.
+fn merges_into(snapshot: &Snapshot, disk: &Disk) -> bool {
+    snapshot.disks.iter().any(|covered| {
+        covered.target == disk.target
+            && covered.kind == Some(Kind::External)
+            && disk
+                .chain
+                .iter()
+                .any(|image| covered.data.as_ref() == Some(&image.path))
+    })
 }
 
 /// Refuses a disk whose images cannot be read, and tells a file that was deleted
