@@ -64,6 +64,10 @@ pub struct DiskDefinition {
     pub shareable: bool,
     /// What is written to it is thrown away when the domain stops.
     pub transient: bool,
+    /// The active image, or one below it, is encrypted by QEMU with a secret of
+    /// libvirt's.
+    #[serde(default)]
+    pub encrypted: bool,
     /// The `snapshot` attribute.
     pub snapshot: Option<String>,
     /// The chain below the active image, as far as the XML tells.
@@ -426,6 +430,10 @@ fn disk(disk: Node<'_, '_>) -> Option<DiskDefinition> {
         readonly: child(disk, "readonly").is_some(),
         shareable: child(disk, "shareable").is_some(),
         transient: child(disk, "transient").is_some(),
+        // Below the source since libvirt 3.9, below the disk before.
+        encrypted: disk
+            .descendants()
+            .any(|node| node.has_tag_name("encryption")),
         snapshot: disk.attribute("snapshot").map(str::to_owned),
         backing,
         backing_told: child(disk, "backingStore").is_some(),

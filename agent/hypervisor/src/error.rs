@@ -314,6 +314,8 @@ pub(crate) fn classify(code: u32, domain: u32, message: &str) -> ErrorKind {
         | sys::VIR_ERR_AUTH_FAILED
         | sys::VIR_ERR_AUTH_UNAVAILABLE
         | sys::VIR_ERR_AUTH_CANCELLED => ErrorKind::Denied,
+        // One of libvirt's own drivers is not installed, and the hypervisor's is there.
+        sys::VIR_ERR_NO_CONNECT if says("available for secret://") => ErrorKind::Unsupported,
         sys::VIR_ERR_NO_CONNECT => ErrorKind::Unreachable,
         sys::VIR_ERR_OPERATION_INVALID => ErrorKind::InvalidState,
         sys::VIR_ERR_CONFIG_UNSUPPORTED if says("already exists") => ErrorKind::AlreadyExists,

@@ -106,6 +106,23 @@ fn volume_info(pool: &str, volume: &StorageVol) -> Result<VolumeInfo, Fault> {
     })
 }
 
+/// A volume that libvirt cannot describe, such as an encrypted one (libvirt looks its
+/// secret up, also for its size) where its driver for secrets is not installed. Its
+/// format, what the guest sees of it and its base are not known.
+fn outline(pool: &str, volume: &StorageVol) -> Result<VolumeInfo, Fault> {
+    use std::os::unix::fs::MetadataExt as _;
+    let path = volume.path()?;
+    Ok(VolumeInfo {
+        pool: pool.to_owned(),
+        name: volume.name()?,
+        format: None,
+        capacity: 0,
+        allocation: std::fs::metadata(&path).map_or(0, |file| file.blocks() * 512),
+        backing_path: None,
+        path,
+    })
+}
+
 /// `None` for what is not there.
 fn optional<T>(result: Result<T, virt::error::Error>) -> Result<Option<T>, Fault> {
     match result.map_err(Fault::from) {
@@ -172,6 +189,9 @@ impl Hypervisor {
                         Ok(info) => all.push(info),
                         // Gone since it was listed.
                         Err(fault) if fault.kind == ErrorKind::NotFound(What::Volume) => {}
+                        Err(fault) if fault.kind == ErrorKind::Unsupported => {
+                            all.push(outline(&name, &volume)?);
+                        }
                         Err(fault) => return Err(fault),
                     }
                 }
@@ -200,7 +220,12 @@ impl Hypervisor {
                     let name = pool.name()?;
                     for volume in pool.list_all_volumes(0)? {
                         if volume.path()? == path {
-                            return volume_info(&name, &volume).map(Some);
+                            return match volume_info(&name, &volume) {
+                                Err(fault) if fault.kind == ErrorKind::Unsupported => {
+                                    outline(&name, &volume).map(Some)
+                                }
+                                found => found.map(Some),
+                            };
                         }
                     }
                 }

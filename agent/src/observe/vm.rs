@@ -165,6 +165,7 @@ pub(super) async fn disk(disk: &vmsnap_hypervisor::DiskDefinition) -> Disk {
         format: disk.format.clone().unwrap_or_default(),
         readonly: disk.readonly,
         shareable: disk.shareable,
+        encrypted: disk.encrypted,
         transient: disk.transient,
         virtual_size: chain.first().map_or(0, |image| image.virtual_size),
         path,
@@ -242,6 +243,7 @@ pub(super) fn definition(of: &DomainDefinition) -> Definition {
                 source: source(disk.source),
                 path: disk.path.clone(),
                 readonly: disk.readonly,
+                encrypted: disk.encrypted,
             })
             .collect(),
         boot: boot

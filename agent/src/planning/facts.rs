@@ -186,6 +186,9 @@ pub struct DefinedDisk {
     pub path: Option<String>,
     /// Cannot be written by the guest.
     pub readonly: bool,
+    /// An image of it is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
 }
 
 impl DefinedDisk {
@@ -284,6 +287,9 @@ pub struct Disk {
     pub readonly: bool,
     /// Several VMs may write it.
     pub shareable: bool,
+    /// An image of its chain is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
     /// What is written to it is thrown away when the VM stops.
     #[serde(default)]
     pub transient: bool,

@@ -215,6 +215,29 @@ fn a_resize_counts_only_snapshots_that_are_left() {
 }
 
 #[test]
+fn an_encrypted_disk_takes_no_snapshot_of_either_kind_and_is_never_reverted() {
+    let mut facts = running();
+    facts.vm.disks[0].encrypted = true;
+    for kind in [None, Some(Kind::External), Some(Kind::Internal)] {
+        let create = Create {
+            kind,
+            ..create("a")
+        };
+        let fault = plan(&request(asked(create)), &facts).unwrap_err();
+        assert_eq!(fault.reason, Reason::DiskUnsupported);
+        assert!(fault.message.contains("encrypted"), "{fault}");
+        assert_eq!(fault.metadata["disk"], "vda");
+    }
+    let revert = request(Action::Revert(Revert::to("s0")));
+    let mut facts = with_chain(running(), 1);
+    plan(&revert, &facts).unwrap();
+    facts.snapshots[0].definition.disks[0].encrypted = true;
+    let fault = plan(&revert, &facts).unwrap_err();
+    assert_eq!(fault.reason, Reason::SnapshotNotRevertible);
+    assert!(fault.message.contains("encrypted"), "{fault}");
+}
+
+#[test]
 fn a_chain_at_its_limit_takes_no_further_image_and_one_in_place_of_another() {
     let mut facts = with_chain(running(), 3);
     facts.host.max_chain = 4;

@@ -360,6 +360,11 @@ fn the_case(id: &str) -> Case {
             None,
             vec![|facts| disk(facts).readonly = true],
         ),
+        "ENCRYPTED_DISK" => case(
+            with(quiet(), |facts| disk(facts).encrypted = true),
+            None,
+            vec![|facts| disk(facts).encrypted = false],
+        ),
         "SHAREABLE_DISK" => case(
             with(quiet(), |facts| disk(facts).shareable = true),
             None,

@@ -60,6 +60,7 @@ fn definition(disk: &str) -> Definition {
             source: Source::File,
             path: Some(disk.into()),
             readonly: false,
+            encrypted: false,
         }],
         boot: Vec::new(),
     }
@@ -102,6 +103,7 @@ fn quiet() -> Facts {
                 format: "qcow2".into(),
                 readonly: false,
                 shareable: false,
+                encrypted: false,
                 transient: false,
                 virtual_size: 64 << 20,
                 chain: vec![image(&path("web1.qcow2"))],

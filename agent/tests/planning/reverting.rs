@@ -139,6 +139,7 @@ fn the_diff_shows_what_of_the_stored_definition_is_taken_back() {
         },
         path: path.map(super::path),
         readonly: device == "cdrom",
+        encrypted: false,
     };
     facts = with_names(facts, &["back.qcow2", "old.iso", "new.iso", "s0.qcow2"]);
     let then = &mut facts.snapshots[0].definition.disks;

@@ -110,6 +110,54 @@ fn a_floppy_that_the_guest_writes_is_covered_like_a_disk() -> Result<()> {
     Ok(())
 }
 
+/// Refused whether or not libvirt's driver for secrets is installed. Without it libvirt
+/// cannot even describe the volume.
+#[test]
+fn an_encrypted_disk_is_refused_for_either_kind_and_holds_up_nobody_else() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let path = format!("{}/{{name}}-vdb.qcow2", lab.images().display());
+    let domain = lab.blank(&BlankSpec {
+        devices: format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+             <source file='{path}'><encryption format='luks'><secret type='passphrase' \
+             uuid='11111111-2222-3333-4444-555555555555'/></encryption></source>\
+             <target dev='vdb' bus='virtio'/></disk>"
+        ),
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let name = domain.name.as_str();
+    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let secret = "secret,id=s,data=of-this-test";
+    let path = path.replace("{name}", name);
+    let words = [
+        "create", "-q", "-f", "qcow2", "--object", secret, "-o", luks,
+    ];
+    lab.qemu_img(words.into_iter().chain([path.as_str(), "16M"]))?;
+    for kind in ["auto", "external", "internal"] {
+        let (reason, message) = refused(&agent, &domain, &["s", "--kind", kind])?;
+        assert_eq!(reason, "DISK_UNSUPPORTED", "{kind}: {message}");
+        assert!(message.contains("vdb") && message.contains("encrypted"));
+    }
+    // What somebody else made of it all the same leaves a VM that does not start.
+    domain.virsh("snapshot-create-as", &["theirs", "--disk-only"])?;
+    let revert = agent.vmsnap(&["revert", name, "theirs"])?;
+    assert_eq!(revert.failure()?["reason"], "SNAPSHOT_NOT_REVERTIBLE");
+    let listed = agent.vmsnap(&["ls", name])?;
+    assert_eq!(listed.document()?["snapshots"][0]["revertible"], false);
+
+    let volumes = agent.vmsnap(&["volumes", "default"])?;
+    let mut shown = volumes.document()?["volumes"]
+        .as_array()
+        .into_iter()
+        .flatten();
+    assert!(shown.any(|volume| volume["path"] == path.as_str()));
+    let other = lab.blank(&BlankSpec::default())?;
+    agent.vmsnap(&["create", &other.name, "s"])?.result()?;
+    Ok(())
+}
+
 #[test]
 fn a_transient_disk_is_refused_by_name_and_can_be_left_out() -> Result<()> {
     let lab = Lab::from_env()?;

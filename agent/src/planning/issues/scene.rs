@@ -390,6 +390,7 @@ fn disk(disk: &Disk, facts: &Facts, plan: Option<&Deeds<'_>>) -> Properties {
             text(active.map_or("", |image| image.compat.as_str())),
         ),
         ("shareable", Value::Flag(disk.shareable)),
+        ("encrypted", Value::Flag(disk.encrypted)),
         ("depth", Value::Number(depth)),
         ("depth_percent", Value::Number(depth * 100 / most)),
         ("shared", Value::Flag(!users.is_empty())),

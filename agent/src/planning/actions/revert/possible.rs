@@ -45,6 +45,19 @@ pub fn ever(snapshot: &Snapshot) -> Result<(), Fault> {
     if snapshot.kind == Kind::Internal {
         return Ok(());
     }
+    let mut covered = snapshot.definition.disks.iter();
+    if let Some(disk) = covered.find(|disk| disk.encrypted && !disk.only_read()) {
+        return Err(Fault::new(
+            Reason::SnapshotNotRevertible,
+            format!(
+                "disk {} is encrypted in snapshot '{}', and after a revert the VM could not start: \
+                 libvirt forgets who decrypts the image below the new overlay",
+                disk.target, snapshot.name
+            ),
+        )
+        .with("snapshot", &snapshot.name)
+        .with("disk", &disk.target));
+    }
     let held = snapshot
         .disks
         .iter()
