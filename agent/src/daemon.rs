@@ -25,7 +25,7 @@ use crate::{
 /// How long streams may take to end once all runs are over.
 const STREAMS: Duration = Duration::from_secs(5);
 /// How far behind others the network's threads are, in steps of nice(2).
-const BEHIND: i32 = 10;
+const BEHIND: i32 = 5;
 /// How long threads may take to end once everything else is over.
 const THREADS: Duration = Duration::from_secs(1);
 /// How long closing the journal may take.

@@ -243,15 +243,6 @@ pub fn signal(pid: u32, signal: Signal) {
     }
 }
 
-/// Whether a process exists and is more than a zombie that nobody reaps.
-#[must_use]
-pub fn alive(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name before the state may hold anything, also parentheses.
-    stat.rsplit_once(')')
-        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
-}
-
 /// A command with its arguments.
 pub fn command<A: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,

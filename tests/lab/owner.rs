@@ -8,10 +8,11 @@
 use std::{
     fs,
     net::TcpListener,
-    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -127,7 +128,7 @@ impl OwnedLab {
                 self.libvirtd_ended() || self.lab.virsh(["version"]).is_ok()
             });
             // It may crash a moment after it answers.
-            std::thread::sleep(Duration::from_millis(300));
+            thread::sleep(Duration::from_millis(300));
             if up.is_ok() && !self.libvirtd_ended() {
                 break;
             }
@@ -175,16 +176,21 @@ impl Drop for OwnedLab {
         for name in list.lines().map(str::trim).filter(|name| !name.is_empty()) {
             let _ = self.lab.virsh(["destroy", name]);
         }
-        end_guests(&self.lab.folder);
         for mut daemon in self.daemons.drain(..).rev() {
             end(&mut daemon, Duration::from_secs(10));
         }
+        end_all(&self.lab.folder);
         remove(&self.lab.folder);
     }
 }
 
 const PREFIX: &str = "vmsnap-lab-";
 const OWNER: &str = "owner";
+
+/// How long what a lab started may take to end before it is killed.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two looks for it.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A new short folder (sockets' paths have 107 bytes at most) and the file that
 /// this process holds locked in it.
@@ -221,45 +227,64 @@ fn sweep() {
             continue;
         };
         if owner.try_lock().is_ok() {
-            end_guests(&folder);
-            for daemon in ["libvirtd", "virtlogd"] {
-                let file = folder.join(format!("run/libvirt/{daemon}.pid"));
-                end_by(&file, daemon);
-            }
+            end_all(&folder);
             remove(&folder);
         }
     }
 }
 
-/// Ends QEMU and passt processes of a lab by the files that libvirt keeps of
-/// them: a guest outlives its daemon.
-fn end_guests(folder: &Path) {
-    for (below, program) in [("qemu/run", "qemu"), ("qemu/run/passt", "passt")] {
-        let below = folder.join("run/libvirt").join(below);
-        let Ok(entries) = fs::read_dir(below) else {
-            continue;
-        };
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            if path.extension().is_some_and(|ending| ending == "pid") {
-                end_by(&path, program);
-            }
+/// Ends whatever a lab started: daemons, guests, passt, its command. They are known by
+/// the lab's folder, which each of them names. Pid files do not tell them all: in the
+/// moment in which libvirt starts a guest, the file names a process that is no QEMU yet.
+///
+/// An interrupt is no reason to leave earlier.
+fn end_all(folder: &Path) {
+    let begun = Instant::now();
+    // Looked up each time: a daemon on its way out may still start a guest.
+    loop {
+        let (left, waited) = (of_lab(folder), begun.elapsed());
+        if left.is_empty() || waited > PATIENCE * 2 {
+            break;
         }
+        let signal = if waited > PATIENCE {
+            Signal::KILL
+        } else {
+            Signal::TERM
+        };
+        left.iter().for_each(|pid| command::signal(*pid, signal));
+        thread::sleep(PAUSE);
     }
 }
 
-/// Ends the process that a pid file names, if it still is that program.
-fn end_by(file: &Path, program: &str) {
-    let pid = fs::read_to_string(file)
-        .ok()
-        .and_then(|text| text.trim().parse::<u32>().ok());
-    let Some(pid) = pid else { return };
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    if name.starts_with(program) {
-        command::signal(pid, Signal::TERM);
-        if eventually(Duration::from_secs(5), "end", || !command::alive(pid)).is_err() {
-            command::signal(pid, Signal::KILL);
-        }
-    }
+/// The processes that a lab started, but for this one.
+fn of_lab(folder: &Path) -> Vec<u32> {
+    let folder = folder.as_os_str().as_bytes();
+    let named = |file: PathBuf| names(&fs::read(file).unwrap_or_default(), folder);
+    let numbers = fs::read_dir("/proc").into_iter().flatten();
+    numbers
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|pid: &u32| *pid != std::process::id())
+        .filter(|pid| {
+            let place = Path::new("/proc").join(pid.to_string());
+            // Only what the lab started has it in its environment. passt lets nobody
+            // read its own; its arguments are for all to read, as those of a reader of
+            // the lab's logs are, who is left alone.
+            named(place.join("environ"))
+                || fs::read_to_string(place.join("comm"))
+                    .is_ok_and(|name| name.starts_with("passt") || name.starts_with("qemu"))
+                    && named(place.join("cmdline"))
+        })
+        .collect()
+}
+
+/// Whether bytes hold the path of a folder: not one that is only a beginning of it,
+/// as that of lab 1 is of that of lab 10.
+fn names(bytes: &[u8], folder: &[u8]) -> bool {
+    let ends = |rest: &[u8]| !rest.first().is_some_and(u8::is_ascii_digit);
+    bytes
+        .windows(folder.len())
+        .zip(folder.len()..)
+        .any(|(part, end)| part == folder && ends(&bytes[end..]))
 }
 
 /// Removes a lab's folder, with a file system that a test may have left mounted
