@@ -155,7 +155,7 @@ fn systemd_starts_confines_watches_and_restarts_the_agent_and_leaves_a_refused_o
         // CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER; no new
         // ones, and system calls are filtered.
         ("rights", "000000000000000f 000000000000000f 1 2"),
-        ("behind", "10"),
+        ("behind", "5"),
         ("hidden", "0"),
         ("killed", "1 all is well"),
         ("hung", "2 all is well"),

@@ -141,7 +141,7 @@ impl Performer {
             tokio::select! {
                 result = &mut creating => return result,
                 () = tokio::time::sleep(POLL) => {
-                    if new.memory == NewMemory::None || new.memory == NewMemory::Internal {
+                    if !captures(new) {
                         continue;
                     }
                     if let Ok(Some(job)) = self.hypervisor.job(self.vm()).await {
@@ -548,6 +548,17 @@ pub(super) fn new_files(new: &NewSnapshot) -> Vec<String> {
         files.push(file.clone());
     }
     files
+}
+
+/// Whether libvirt's job on the VM is the capture of this snapshot's memory. libvirt
+/// makes the file once the job is ours; until then it would be somebody else's, who
+/// would lose what it does (a backup, a dump).
+fn captures(new: &NewSnapshot) -> bool {
+    match &new.memory {
+        // Where it cannot be seen, the job is taken for ours.
+        NewMemory::File(file) => Path::new(file).try_exists().unwrap_or(true),
+        NewMemory::None | NewMemory::Internal => false,
+    }
 }
 
 /// Milliseconds between libvirt's SUSPENDED and RESUMED events of a VM, as they

@@ -156,7 +156,7 @@ fn overlays_of_a_merge_behind_libvirts_back_go_only_when_orphans_are_to_be_delet
     holds(&domain, &[1, 2])
 }
 
-/// A dump of a running VM that never ends, because nobody reads what it writes:
+/// A dump of a running VM that does not end, because what it writes is hardly read:
 /// libvirt is busy with the VM until this is dropped.
 struct Dumping<'a> {
     domain: &'a Domain,
@@ -165,7 +165,7 @@ struct Dumping<'a> {
 }
 
 impl<'a> Dumping<'a> {
-    fn begin(domain: &'a Domain) -> Result<Self> {
+    fn begin(domain: &'a Domain, reader: &str) -> Result<Self> {
         let lab = &domain.lab;
         let pipe = lab.images().join(format!("{}.pipe", domain.name));
         let shown = pipe.display().to_string();
@@ -175,8 +175,7 @@ impl<'a> Dumping<'a> {
             pipe,
             processes: Vec::new(),
         };
-        // Opens the pipe and reads nothing.
-        let reader = format!("exec sleep 120 < '{shown}'");
+        let reader = format!("exec < '{shown}'; {reader}");
         for mut command in [
             {
                 let mut shell = lab.command("sh");
@@ -223,7 +222,7 @@ fn a_vm_that_libvirt_is_busy_with_can_be_read_and_a_merge_names_the_holder() -> 
     let domain = lab.blank(&BlankSpec::default())?;
     let name = domain.name.as_str();
     agent.vmsnap(&["create", name, "e1"])?.result()?;
-    let _dumping = Dumping::begin(&domain)?;
+    let _dumping = Dumping::begin(&domain, "exec sleep 120")?;
     let began = Instant::now();
     healths(&agent, &domain, &[("e1", "whole")])?;
     // libvirt itself waits thirty seconds for the holder.
@@ -267,4 +266,40 @@ fn a_paused_vm_whose_memory_somebody_else_captured_merges_and_stays_paused() -> 
         holds(&domain, &[1])?;
     }
     domain.check("vda")
+}
+
+#[test]
+fn a_cancelled_capture_that_waits_for_somebody_elses_job_leaves_that_job_alone() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    // Of more memory than a pipe holds.
+    let domain = lab.guest()?;
+    let name = domain.name.as_str();
+    // Read a little at a time, so that QEMU sees when it is told to give it up.
+    let reader = "while sleep 0.2; do head -c 65536 > /dev/null; done";
+    let _dumping = Dumping::begin(&domain, reader)?;
+    let files = domain.files()?;
+    let mut command = agent.cli(&["create", name, "m", "--memory"])?;
+    let caller = thread::spawn(move || command::run(&mut command, None, Duration::from_secs(90)));
+    eventually(Duration::from_secs(30), "capture", || {
+        agent.log().contains("operation=\"take a snapshot of\"")
+    })?;
+    let log = agent.vmsnap(&["log", name])?;
+    let run = log.document()?["workflows"][0]["id"].clone();
+    agent.vmsnap(&["cancel", run.as_str().context("the run")?])?;
+    let told = caller
+        .join()
+        .map_err(|_| anyhow::anyhow!("the caller panicked"))??;
+    assert_ne!(told.status, 0, "{}", told.text());
+    let job = domain.virsh("domjobinfo", &[])?;
+    assert!(job.contains("Dump"), "{job}");
+    let log = agent.vmsnap(&["log", name])?;
+    let state = &log.document()?["workflows"][0]["state"];
+    assert!(
+        ["cancelled", "failed"].contains(&state.as_str().unwrap_or_default()),
+        "{state}"
+    );
+    assert_eq!(domain.snapshots()?, NONE);
+    assert_eq!(domain.files()?, files);
+    Ok(())
 }
