@@ -150,11 +150,11 @@ fn a_hung_libvirtd_is_told_in_time_and_recovered_from_without_a_restart() -> Res
     ensure!(most.0 < threads + 40, "{threads} threads became {}", most.0);
     ensure!(most.1 < open + 40, "{open} files became {}", most.1);
     eventually_is(&agent, false)?;
-    // From now on nobody waits for what is known not to answer.
+    // From now on nobody waits, half a minute, for what is known not to answer.
     for words in [&["ls"][..], &["create", name, "during"], &["ls", name]] {
         let (failure, took) = refused(&agent, words)?;
         assert_eq!(failure["reason"], "HYPERVISOR_UNREACHABLE", "{words:?}");
-        ensure!(took < Duration::from_secs(5), "{words:?}: {took:?}");
+        ensure!(took < Duration::from_secs(15), "{words:?}: {took:?}");
     }
     // What needs no libvirt is served.
     agent.vmsnap(&["log", name])?.document()?;

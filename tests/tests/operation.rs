@@ -304,8 +304,9 @@ fn a_scrape_and_health_answer_while_libvirt_hangs_and_say_since_when_it_is_gone(
         })?;
         let since = Instant::now();
         scrape()?;
+        // libvirt's own answer would take half a minute.
         ensure!(
-            since.elapsed() < Duration::from_secs(5),
+            since.elapsed() < Duration::from_secs(15),
             "{:?}",
             since.elapsed()
         );
