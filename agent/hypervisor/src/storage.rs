@@ -78,7 +78,15 @@ fn pool_info(pool: &StoragePool) -> Result<PoolInfo, Fault> {
     })
 }
 
+/// A volume as libvirt describes it, or in outline where it cannot.
 fn volume_info(pool: &str, volume: &StorageVol) -> Result<VolumeInfo, Fault> {
+    match described(pool, volume) {
+        Err(fault) if fault.kind == ErrorKind::Unsupported => outline(pool, volume),
+        found => found,
+    }
+}
+
+fn described(pool: &str, volume: &StorageVol) -> Result<VolumeInfo, Fault> {
     let xml = volume.xml_desc(0)?;
     let document = document(&xml)?;
     let root = document.root_element();
@@ -189,9 +197,6 @@ impl Hypervisor {
                         Ok(info) => all.push(info),
                         // Gone since it was listed.
                         Err(fault) if fault.kind == ErrorKind::NotFound(What::Volume) => {}
-                        Err(fault) if fault.kind == ErrorKind::Unsupported => {
-                            all.push(outline(&name, &volume)?);
-                        }
                         Err(fault) => return Err(fault),
                     }
                 }
@@ -220,12 +225,7 @@ impl Hypervisor {
                     let name = pool.name()?;
                     for volume in pool.list_all_volumes(0)? {
                         if volume.path()? == path {
-                            return match volume_info(&name, &volume) {
-                                Err(fault) if fault.kind == ErrorKind::Unsupported => {
-                                    outline(&name, &volume).map(Some)
-                                }
-                                found => found.map(Some),
-                            };
+                            return volume_info(&name, &volume).map(Some);
                         }
                     }
                 }

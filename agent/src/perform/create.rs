@@ -141,7 +141,7 @@ impl Performer {
             tokio::select! {
                 result = &mut creating => return result,
                 () = tokio::time::sleep(POLL) => {
-                    if !captures(new) {
+                    if !captures(new).await {
                         continue;
                     }
                     if let Ok(Some(job)) = self.hypervisor.job(self.vm()).await {
@@ -553,10 +553,10 @@ pub(super) fn new_files(new: &NewSnapshot) -> Vec<String> {
 /// Whether libvirt's job on the VM is the capture of this snapshot's memory. libvirt
 /// makes the file once the job is ours; until then it would be somebody else's, who
 /// would lose what it does (a backup, a dump).
-fn captures(new: &NewSnapshot) -> bool {
+async fn captures(new: &NewSnapshot) -> bool {
     match &new.memory {
         // Where it cannot be seen, the job is taken for ours.
-        NewMemory::File(file) => Path::new(file).try_exists().unwrap_or(true),
+        NewMemory::File(file) => tokio::fs::try_exists(file).await.unwrap_or(true),
         NewMemory::None | NewMemory::Internal => false,
     }
 }

@@ -160,15 +160,8 @@ impl Access {
     pub fn allows_deed(&self, method: &'static str, deed: Deed, vm: &str) -> Result<(), Fault> {
         let role = deed.needs();
         if deed.needs_all() && self.over(vm) >= Some(role) && self.over_all() < Some(role) {
-            let fault = self
-                .not_allowed(format!(
-                    "{deed} needs the role {role} over all VMs, and {} has it over some",
-                    self.shown()
-                ))
-                .with("needs", role)
-                .with("vm", vm);
-            self.denied(method, deed.action(), vm, &fault);
-            return Err(fault);
+            let what = deed.to_string();
+            return Err(self.not_over_all(method, deed, &what, role, vm));
         }
         self.allows_as(method, deed.name(), deed.action(), role, vm)
     }
@@ -181,17 +174,30 @@ impl Access {
     pub fn allows_plan(&self, method: &'static str, deed: Deed, vm: &str) -> Result<(), Fault> {
         let role = Role::Viewer;
         if deed.needs_all() && self.over(vm).is_some() && !self.sight().sees_all() {
-            let fault = self
-                .not_allowed(format!(
-                    "a plan of {deed} needs the role {role} over all VMs, and {} has one over some",
-                    self.shown()
-                ))
-                .with("needs", role)
-                .with("vm", vm);
-            self.denied(method, deed.action(), vm, &fault);
-            return Err(fault);
+            let what = format!("a plan of {deed}");
+            return Err(self.not_over_all(method, deed, &what, role, vm));
         }
         self.allows(method, role, vm)
+    }
+
+    /// Refuses what reaches beyond the VM, and writes that down.
+    fn not_over_all(
+        &self,
+        method: &'static str,
+        deed: Deed,
+        what: &str,
+        role: Role,
+        vm: &str,
+    ) -> Fault {
+        let fault = self
+            .not_allowed(format!(
+                "{what} needs the role {role} over all VMs, and {} has it over some",
+                self.shown()
+            ))
+            .with("needs", role)
+            .with("vm", vm);
+        self.denied(method, deed.action(), vm, &fault);
+        fault
     }
 
     fn allows_as(

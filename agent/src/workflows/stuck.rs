@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+use tracing::Instrument as _;
+
 use super::{Live, Workflows, lock};
 use crate::{
     flow::RunState,
@@ -15,7 +17,6 @@ use crate::{
     perform::Performer,
     planning::Fault,
 };
-use tracing::Instrument as _;
 
 /// Pause between two rounds of questions.
 const AGAIN: Duration = Duration::from_secs(5);
