@@ -5,6 +5,8 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -47,8 +49,13 @@ struct Pool<'a> {
 }
 
 impl<'a> Pool<'a> {
+    /// Each test runs in a process of its own.
+    fn name() -> String {
+        format!("pool{}", std::process::id())
+    }
+
     fn over(lab: &'a Lab, folder: &Path) -> Result<Self> {
-        let name = format!("pool{}", std::process::id());
+        let name = Self::name();
         let target = folder.display().to_string();
         lab.virsh(["pool-define-as", &name, "dir", "--target", &target])?;
         let pool = Self { lab, name };
@@ -305,6 +312,66 @@ fn a_disk_is_resized_by_its_present_size_in_bytes_whatever_the_state_of_its_vm()
     assert_eq!(failure["reason"], "BAD_REQUEST");
     assert_eq!(size(&domain, "vda")?, odd);
     drop(domain);
+    fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+#[test]
+fn pools_and_volumes_that_come_and_go_disturb_nobody_who_only_looks() -> Result<()> {
+    let lab = Lab::from_env()?;
+    let agent = lab.agent("")?;
+    let folder = lab.folder.join(format!("busy{}", std::process::id()));
+    fs::create_dir(&folder)?;
+    let domain = lab.blank(&BlankSpec {
+        disk_mib: 8,
+        stopped: true,
+        ..BlankSpec::default()
+    })?;
+    let done = AtomicBool::new(false);
+    let volumes: Vec<PathBuf> = (0..100)
+        .map(|volume| folder.join(format!("v{volume}")))
+        .collect();
+    let others = || -> Result<usize> {
+        let mut rounds = 0;
+        while !done.load(Ordering::Relaxed) {
+            let pool = Pool::over(&lab, &folder)?;
+            for _ in 0..3 {
+                for volume in &volumes {
+                    fs::write(volume, [0; 512])?;
+                }
+                lab.virsh(["pool-refresh", &pool.name])?;
+                for volume in &volumes {
+                    fs::remove_file(volume)?;
+                }
+                lab.virsh(["pool-refresh", &pool.name])?;
+            }
+            rounds += 1;
+        }
+        Ok(rounds)
+    };
+    let looking = || -> Result<()> {
+        for round in 1..=12 {
+            let bytes = 8 * MIB + round * 512;
+            resize(&agent, &domain, &bytes.to_string(), &[])?.result()?;
+            assert_eq!(size(&domain, "vda")?, bytes);
+            let listed = agent.vmsnap(&["volumes", &Pool::name()])?;
+            // In the moment between two definitions there is none.
+            ensure!(
+                listed.status == 0 || listed.said.contains("this host has no storage pool"),
+                "{}",
+                listed.said
+            );
+        }
+        Ok(())
+    };
+    let rounds = thread::scope(|scope| {
+        let others = scope.spawn(others);
+        let looked = looking();
+        done.store(true, Ordering::Relaxed);
+        let rounds = others.join().expect("no panic")?;
+        looked.map(|()| rounds)
+    })?;
+    ensure!(rounds > 0, "nothing came and went");
     fs::remove_dir_all(folder)?;
     Ok(())
 }

@@ -1,14 +1,19 @@
 //! Pools and volumes.
 //!
-//! Invariants: sizes are bytes; a pool that does not exist is `None`, because a
-//! host without pools is a host like any other.
+//! Invariants
+//! - Sizes are bytes.
+//! - A pool that does not exist is `None`, because a host without pools is a host
+//!   like any other.
+//! - Other runs and people add and take away pools and volumes all the time: what
+//!   is gone since it was listed or looked up is passed over, never an error of the
+//!   one who only looked.
 
 use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol, sys};
 
 use crate::{
     connection::Hypervisor,
     definition::{child, child_text, document},
-    error::{Error, ErrorKind, Fault, What},
+    error::{Error, ErrorKind, Fault},
     lanes::Lane,
 };
 
@@ -131,14 +136,16 @@ fn outline(pool: &str, volume: &StorageVol) -> Result<VolumeInfo, Fault> {
     })
 }
 
-/// `None` for what is not there.
-fn optional<T>(result: Result<T, virt::error::Error>) -> Result<Option<T>, Fault> {
-    match result.map_err(Fault::from) {
+/// `None` for what is not there, or was taken away while it was looked at.
+fn optional<T>(result: Result<T, impl Into<Fault>>) -> Result<Option<T>, Fault> {
+    match result.map_err(Into::into) {
         Ok(found) => Ok(Some(found)),
-        Err(fault) if matches!(fault.kind, ErrorKind::NotFound(_)) => Ok(None),
-        // A driver without storage has no pools.
-        Err(fault) if fault.kind == ErrorKind::Unsupported => Ok(None),
-        Err(fault) => Err(fault),
+        Err(fault) => match fault.kind {
+            // A driver without storage has no pools, and a pool that is not active
+            // gives no volumes out.
+            ErrorKind::NotFound(_) | ErrorKind::Unsupported | ErrorKind::InvalidState => Ok(None),
+            _ => Err(fault),
+        },
     }
 }
 
@@ -153,10 +160,9 @@ impl Hypervisor {
             "look at",
             subject(pool),
             Some(&scope(pool)),
-            move |connection| {
-                optional(connection.lookup_storage_pool_by_name(&name))?
-                    .map(|pool| pool_info(&pool))
-                    .transpose()
+            move |connection| match optional(connection.lookup_storage_pool_by_name(&name))? {
+                Some(pool) => optional(pool_info(&pool)),
+                None => Ok(None),
             },
         )
         .await
@@ -173,16 +179,19 @@ impl Hypervisor {
             None,
             |connection: &Connect| {
                 let pools = optional(connection.list_all_storage_pools(0))?.unwrap_or_default();
-                pools.iter().map(pool_info).collect()
+                pools
+                    .iter()
+                    .filter_map(|pool| optional(pool_info(pool)).transpose())
+                    .collect()
             },
         )
         .await
     }
 
-    /// Volumes of an active pool.
+    /// Volumes of a pool: none where it is gone or not active.
     ///
     /// # Errors
-    /// When there is no such pool, it is not active, or libvirt does not answer.
+    /// When libvirt does not answer.
     pub async fn volumes(&self, pool: &str) -> Result<Vec<VolumeInfo>, Error> {
         let name = pool.to_owned();
         self.read(
@@ -190,17 +199,14 @@ impl Hypervisor {
             subject(pool),
             Some(&scope(pool)),
             move |connection| {
-                let pool = connection.lookup_storage_pool_by_name(&name)?;
-                let mut all = Vec::new();
-                for volume in pool.list_all_volumes(0)? {
-                    match volume_info(&name, &volume) {
-                        Ok(info) => all.push(info),
-                        // Gone since it was listed.
-                        Err(fault) if fault.kind == ErrorKind::NotFound(What::Volume) => {}
-                        Err(fault) => return Err(fault),
-                    }
-                }
-                Ok(all)
+                let Some(pool) = optional(connection.lookup_storage_pool_by_name(&name))? else {
+                    return Ok(Vec::new());
+                };
+                let listed = optional(pool.list_all_volumes(0))?.unwrap_or_default();
+                listed
+                    .iter()
+                    .filter_map(|volume| optional(volume_info(&name, volume)).transpose())
+                    .collect()
             },
         )
         .await
@@ -217,25 +223,19 @@ impl Hypervisor {
             path.clone(),
             None,
             move |connection| {
-                for pool in optional(
-                    connection.list_all_storage_pools(sys::VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE),
-                )?
-                .unwrap_or_default()
-                {
-                    let name = pool.name()?;
-                    for volume in pool.list_all_volumes(0)? {
-                        if volume.path()? == path {
-                            return volume_info(&name, &volume).map(Some);
-                        }
-                    }
-                }
-                Ok(None)
+                let Some(volume) = optional(connection.lookup_storage_vol_by_path(&path))? else {
+                    return Ok(None);
+                };
+                let Some(pool) = optional(volume.lookup_storage_pool())? else {
+                    return Ok(None);
+                };
+                optional(volume_info(&pool.name()?, &volume))
             },
         )
         .await
     }
 
-    /// The path of a volume, if the pool is there and has it.
+    /// The path of a volume, if the pool is there, is active and has it.
     ///
     /// # Errors
     /// When libvirt does not answer.
@@ -250,12 +250,8 @@ impl Hypervisor {
                 else {
                     return Ok(None);
                 };
-                // An inactive pool gives no volumes out.
-                if !pool.is_active()? {
-                    return Ok(None);
-                }
                 match optional(pool.lookup_storage_vol_by_name(&name))? {
-                    Some(volume) => Ok(Some(volume.path()?)),
+                    Some(volume) => optional(volume.path()),
                     None => Ok(None),
                 }
             },

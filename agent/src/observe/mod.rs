@@ -236,7 +236,7 @@ impl Observer {
         let now = Timestamp::now();
         let snapshots = self.snapshots(&mut vm).await?;
         let mut storage = self.storage(&request.pool).await?;
-        let folders = self.folders(&vm, &snapshots, &storage).await;
+        let folders = self.folders(&vm, &snapshots, &storage).await?;
         let guard = self.journal.open_guard(&vm.uuid).await?;
         let users = match needs_users(&request.action, &snapshots, &host) {
             Some(reading) => {
@@ -359,11 +359,7 @@ impl Observer {
         }
         // Its figures changed with the refresh.
         let found = self.hypervisor.pool(pool).await?.unwrap_or(found);
-        let volumes = if found.active {
-            self.hypervisor.volumes(pool).await?
-        } else {
-            Vec::new()
-        };
+        let volumes = self.hypervisor.volumes(pool).await?;
         let mut volumes: Vec<Volume> = volumes
             .into_iter()
             .map(|volume| Volume {
@@ -426,7 +422,7 @@ impl Observer {
         vm: &Vm,
         snapshots: &[Snapshot],
         storage: &Storage,
-    ) -> BTreeMap<String, Folder> {
+    ) -> Result<BTreeMap<String, Folder>, Fault> {
         let mut paths: BTreeSet<String> = BTreeSet::new();
         let mut add = |path: &str| {
             if path.starts_with('/') {
@@ -458,8 +454,7 @@ impl Observer {
         let pools: Vec<(String, String)> = self
             .hypervisor
             .pools()
-            .await
-            .unwrap_or_default()
+            .await?
             .into_iter()
             .filter(|pool| pool.active)
             .filter_map(|pool| Some((pool.path?, pool.name)))
@@ -479,7 +474,7 @@ impl Observer {
                 })
                 .collect()
         });
-        read.await.unwrap_or_default()
+        Ok(read.await.unwrap_or_default())
     }
 
     /// The VM's active images: paths, and formats as the VM opens them.

@@ -85,12 +85,12 @@ impl Referring<'_> {
         }
     }
 
-    async fn definition(&mut self, definition: &DomainDefinition) {
+    async fn definition(&mut self, definition: &DomainDefinition) -> Result<(), Fault> {
         for disk in &definition.disks {
             let format = disk.format.as_deref();
             match (&disk.path, disk.source) {
                 (Some(volume), DiskSource::Volume) => {
-                    if let Some(path) = self.observer.volume(volume).await {
+                    if let Some(path) = self.observer.volume(volume).await? {
                         self.chain(&path, format).await;
                     }
                 }
@@ -115,9 +115,10 @@ impl Referring<'_> {
         {
             self.file(path);
         }
+        Ok(())
     }
 
-    async fn snapshot(&mut self, snapshot: &SnapshotInfo) {
+    async fn snapshot(&mut self, snapshot: &SnapshotInfo) -> Result<(), Fault> {
         for disk in snapshot.disks.iter().chain(&snapshot.revert_disks) {
             if let Some(file) = &disk.file {
                 self.chain(file, disk.format.as_deref()).await;
@@ -127,8 +128,9 @@ impl Referring<'_> {
             self.file(file);
         }
         if let Some(definition) = &snapshot.definition {
-            self.definition(definition).await;
+            self.definition(definition).await?;
         }
+        Ok(())
     }
 }
 
@@ -193,13 +195,15 @@ impl Observer {
 
     /// The path of what a definition names as `pool/volume`. A pool that is not
     /// active tells none, but where it lies.
-    async fn volume(&self, named: &str) -> Option<String> {
-        let (pool, volume) = named.rsplit_once('/')?;
-        if let Ok(Some(path)) = self.hypervisor.volume_path(pool, volume).await {
-            return Some(path);
+    async fn volume(&self, named: &str) -> Result<Option<String>, Fault> {
+        let Some((pool, volume)) = named.rsplit_once('/') else {
+            return Ok(None);
+        };
+        if let Some(path) = self.hypervisor.volume_path(pool, volume).await? {
+            return Ok(Some(path));
         }
-        let folder = self.hypervisor.pool(pool).await.ok()??.path?;
-        Some(format!("{folder}/{volume}"))
+        let folder = self.hypervisor.pool(pool).await?.and_then(|it| it.path);
+        Ok(folder.map(|folder| format!("{folder}/{volume}")))
     }
 
     /// Adds what one VM refers to.
@@ -221,11 +225,11 @@ impl Observer {
             users,
         };
         for definition in self.hypervisor.definitions(name).await? {
-            referring.definition(&definition).await;
+            referring.definition(&definition).await?;
         }
         for snapshot in self.listed(name, reading).await? {
             referring.user.snapshot = Some(snapshot.name.clone());
-            referring.snapshot(&snapshot).await;
+            referring.snapshot(&snapshot).await?;
         }
         for (snapshot, record) in self.journal.snapshot_records(uuid).await? {
             if let Some(copy) = &record.nvram_copy {
