@@ -28,6 +28,7 @@ pub mod owner;
 pub mod paths;
 pub mod pattern;
 pub mod pki;
+pub mod ports;
 pub mod python;
 pub mod reaper;
 pub mod storage;

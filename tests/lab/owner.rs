@@ -7,7 +7,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -23,6 +22,7 @@ use crate::{
     guest,
     image::Image,
     paths,
+    ports::quiet_port,
     wait::{eventually, eventually_some},
 };
 
@@ -49,9 +49,8 @@ impl OwnedLab {
         let (folder, owner) = fresh_folder()?;
         let mut names = Vec::new();
         for number in 0..guests {
-            // Free now; passt takes it in a moment.
-            let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-            names.push((format!("guest{number}"), port));
+            // passt takes it whenever the guest runs.
+            names.push((format!("guest{number}"), quiet_port()?));
         }
         let lab = Lab {
             user: User::of_lab()?,

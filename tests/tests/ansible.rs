@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::fs::PermissionsExt as _,
     process::{Child, Stdio},
     time::Duration,
@@ -14,6 +13,7 @@ use vmsnap_tests::{
     BlankSpec, Lab,
     ansible::{keep, tool},
     command, eventually, paths,
+    ports::quiet_port,
 };
 
 const HEAD: &str = "- hosts: all\n  gather_facts: false\n  module_defaults:\n    group/vmsnap.libvirt.all: {agent: \"AGENT\"}\n  tasks:\n";
@@ -179,7 +179,7 @@ struct Sshd {
 
 impl Sshd {
     fn start(lab: &Lab) -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = quiet_port()?;
         let folder = lab.folder.join(format!("sshd-{}", std::process::id()));
         fs::create_dir(&folder)?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o700))?;

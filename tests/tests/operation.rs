@@ -5,7 +5,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::TcpListener,
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -17,6 +16,7 @@ use vmsnap_tests::{
     Agent, BlankSpec, Lab, OwnedLab,
     command::{end, signal},
     eventually, eventually_some, http, paths,
+    ports::quiet_port,
 };
 
 const LONG: Duration = Duration::from_secs(60);
@@ -79,8 +79,7 @@ impl Prometheus {
                 metrics_of(agent)?
             ),
         )?;
-        // Free now; it is taken in a moment.
-        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let address = format!("127.0.0.1:{}", quiet_port()?);
         let log = fs::File::create(folder.join("prometheus.log"))?;
         let child = lab
             .command(paths::program("prometheus").context("prometheus is not installed")?)
