@@ -1,8 +1,8 @@
 //! Local ports for servers that are started later, or again and again.
 //!
-//! Invariant: none is of those that the kernel gives out by itself. A port that was
-//! asked for as port 0 and let go belongs to the next connection, of whomever, and
-//! then a guest that is started again cannot have it.
+//! Invariant: none is of those that the kernel gives out by itself, where the host has
+//! others. A port that was asked for as port 0 and let go belongs to the next
+//! connection, of whomever, and then a guest that is started again cannot have it.
 
 use std::{fs, net::TcpListener, ops::RangeInclusive};
 

@@ -236,7 +236,7 @@ impl Observer {
         let now = Timestamp::now();
         let snapshots = self.snapshots(&mut vm).await?;
         let mut storage = self.storage(&request.pool).await?;
-        let folders = self.folders(&vm, &snapshots, &storage).await?;
+        let folders = self.folders(&vm, &snapshots, &storage).await;
         let guard = self.journal.open_guard(&vm.uuid).await?;
         let users = match needs_users(&request.action, &snapshots, &host) {
             Some(reading) => {
@@ -422,7 +422,7 @@ impl Observer {
         vm: &Vm,
         snapshots: &[Snapshot],
         storage: &Storage,
-    ) -> Result<BTreeMap<String, Folder>, Fault> {
+    ) -> BTreeMap<String, Folder> {
         let mut paths: BTreeSet<String> = BTreeSet::new();
         let mut add = |path: &str| {
             if path.starts_with('/') {
@@ -451,10 +451,13 @@ impl Observer {
         for volume in &storage.volumes {
             add(&volume.path);
         }
+        // Only errors and warnings name the pool: one that hangs must not keep the VMs
+        // of all others from being reverted.
         let pools: Vec<(String, String)> = self
             .hypervisor
             .pools()
-            .await?
+            .await
+            .unwrap_or_default()
             .into_iter()
             .filter(|pool| pool.active)
             .filter_map(|pool| Some((pool.path?, pool.name)))
@@ -474,7 +477,7 @@ impl Observer {
                 })
                 .collect()
         });
-        Ok(read.await.unwrap_or_default())
+        read.await.unwrap_or_default()
     }
 
     /// The VM's active images: paths, and formats as the VM opens them.
